@@ -1,0 +1,37 @@
+// A file that appears under its name whole or not at all: written to a temporary name in the same
+// folder, flushed to disk, renamed. Destruction without commit() removes the temporary file and
+// leaves what was there before.
+//
+// Errors: every failed write, flush or rename is an Error with the path and the system's reason.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+namespace indexcache {
+
+class AtomicFile {
+ public:
+  explicit AtomicFile(const std::string& path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(const void* data, size_t num_bytes);
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  void commit();
+
+ private:
+  [[noreturn]] void fail_errno(const char* what);
+  void flush_buffer();
+
+  std::string path_;
+  std::string temporary_path_;
+  std::string buffer_;
+  int fd_ = -1;
+};
+
+void write_text_file(const std::string& path, std::string_view text);
+
+}  // namespace indexcache

@@ -1,0 +1,21 @@
+#include "base/log.h"
+
+#include <atomic>
+#include <cstdio>
+
+namespace indexcache {
+
+namespace {
+std::atomic<bool> log_enabled{true};
+}
+
+void set_log_enabled(bool enabled) { log_enabled = enabled; }
+
+void log_line(const char* prefix, const std::string& text) {
+  if (!log_enabled) return;
+  // One write per line, so that lines of several threads do not mix.
+  const std::string line = fmt::format("{}{}\n", prefix, text);
+  std::fwrite(line.data(), 1, line.size(), stderr);
+}
+
+}  // namespace indexcache

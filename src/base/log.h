@@ -1,0 +1,26 @@
+// Lines for people, on stderr; stdout is for results. warn() is for what a user should know and may
+// ignore.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <string>
+
+namespace indexcache {
+
+void log_line(const char* prefix, const std::string& text);
+
+// Off in tests and fuzzers, which provoke warnings by the thousand.
+void set_log_enabled(bool enabled);
+
+template <class... Args>
+void info(fmt::format_string<Args...> format, Args&&... args) {
+  log_line("", fmt::format(format, std::forward<Args>(args)...));
+}
+
+template <class... Args>
+void warn(fmt::format_string<Args...> format, Args&&... args) {
+  log_line("warning: ", fmt::format(format, std::forward<Args>(args)...));
+}
+
+}  // namespace indexcache

@@ -1,0 +1,63 @@
+#include "cache/kv_cache.h"
+
+#include "base/checked.h"
+#include "base/error.h"
+
+namespace indexcache {
+
+namespace {
+
+int64_t page_bytes(const KvCacheShape& shape, int64_t row_elements) {
+  return kPageTokens * row_elements * dtype_bytes(shape.dtype);
+}
+
+}  // namespace
+
+int64_t cache_bytes_per_token(const KvCacheShape& shape) {
+  int64_t elements = 0;
+  for (const bool full : shape.layer_is_full) {
+    elements += shape.latent_elements + (full ? shape.indexer_elements : 0);
+  }
+  return elements * dtype_bytes(shape.dtype);
+}
+
+KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
+  CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16);
+  CHECK_GE(shape.num_pages, 0);
+  CHECK_LE(shape.num_pages, INT32_MAX);
+  for (const bool full : shape.layer_is_full) {
+    latent_.emplace_back(static_cast<size_t>(shape.num_pages * page_bytes(shape, shape.latent_elements)));
+    indexer_keys_.emplace_back(
+        static_cast<size_t>(full ? shape.num_pages * page_bytes(shape, shape.indexer_elements) : 0));
+  }
+  // Low pages are given first, so that a fresh cache fills from the front.
+  for (int64_t page = shape.num_pages - 1; page >= 0; --page) free_pages_.push_back(static_cast<int32_t>(page));
+}
+
+PagedRows KvCache::latent(int layer) {
+  return {shape_.dtype, shape_.latent_elements, page_bytes(shape_, shape_.latent_elements),
+          latent_[static_cast<size_t>(layer)].data()};
+}
+
+PagedRows KvCache::indexer_keys(int layer) {
+  CHECK(shape_.layer_is_full[static_cast<size_t>(layer)]);
+  return {shape_.dtype, shape_.indexer_elements, page_bytes(shape_, shape_.indexer_elements),
+          indexer_keys_[static_cast<size_t>(layer)].data()};
+}
+
+bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
+  const int64_t missing = ceil_div(num_tokens, kPageTokens) - static_cast<int64_t>(sequence.pages.size());
+  if (missing > num_free_pages()) return false;
+  for (int64_t i = 0; i < missing; ++i) {
+    sequence.pages.push_back(free_pages_.back());
+    free_pages_.pop_back();
+  }
+  return true;
+}
+
+void KvCache::release(SequenceCache& sequence) {
+  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) free_pages_.push_back(*page);
+  sequence = {};
+}
+
+}  // namespace indexcache

@@ -1,0 +1,57 @@
+// What is remembered between steps: the latent KV of every layer and the indexer keys of full layers, in pages of 64
+// tokens (kPageTokens). One page number stands for the same 64 tokens in every layer, so a sequence needs one page table.
+//
+// Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction and taken from the
+// system only as pages are first written.
+//
+// Bytes a token: num_layers * latent_elements + num_full * indexer_elements, times the element size.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "device/memory.h"
+#include "ops/kit/paged.h"
+
+namespace indexcache {
+
+struct KvCacheShape {
+  std::vector<bool> layer_is_full;   // one a layer
+  int64_t latent_elements = 0;       // kv_lora_rank + qk_rope_head_dim
+  int64_t indexer_elements = 0;      // index_head_dim
+  DType dtype = DType::kF32;         // kF32 or kBF16
+  int64_t num_pages = 0;
+};
+
+int64_t cache_bytes_per_token(const KvCacheShape& shape);
+
+// The tokens of one sequence: which pages hold them, and how many there are.
+struct SequenceCache {
+  std::vector<int32_t> pages;
+  int64_t num_tokens = 0;
+};
+
+class KvCache {
+ public:
+  explicit KvCache(const KvCacheShape& shape);
+
+  const KvCacheShape& shape() const { return shape_; }
+  int64_t num_free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
+
+  PagedRows latent(int layer);
+  PagedRows indexer_keys(int layer);  // of a full layer
+
+  // Gives `sequence` pages for `num_tokens` tokens in all. False, with nothing changed, when too few are free.
+  bool reserve(SequenceCache& sequence, int64_t num_tokens);
+
+  // Takes all pages back.
+  void release(SequenceCache& sequence);
+
+ private:
+  KvCacheShape shape_;
+  std::vector<HostMemory> latent_;        // one a layer
+  std::vector<HostMemory> indexer_keys_;  // one a layer, empty for shared layers
+  std::vector<int32_t> free_pages_;       // the next one to give is at the end
+};
+
+}  // namespace indexcache

@@ -1,0 +1,75 @@
+#include "cache/kv_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <set>
+
+#include "base/rng.h"
+
+namespace indexcache {
+namespace {
+
+KvCacheShape shape_of(int64_t num_pages) {
+  return {.layer_is_full = {true, false, true}, .latent_elements = 12, .indexer_elements = 8, .dtype = DType::kBF16,
+          .num_pages = num_pages};
+}
+
+TEST(KvCache, SharedLayersCostNoIndexerKeys) {
+  EXPECT_EQ(cache_bytes_per_token(shape_of(1)), 2 * (3 * 12 + 2 * 8));
+  KvCache cache(shape_of(4));
+  EXPECT_NE(cache.indexer_keys(0).base, nullptr);
+  EXPECT_DEATH(cache.indexer_keys(1), "layer_is_full");
+}
+
+TEST(KvCache, RefusesWithoutChangingAnything) {
+  KvCache cache(shape_of(3));
+  SequenceCache a, b;
+  ASSERT_TRUE(cache.reserve(a, 65));
+  EXPECT_EQ(a.pages.size(), 2u);
+  EXPECT_FALSE(cache.reserve(b, 129));
+  EXPECT_TRUE(b.pages.empty());
+  EXPECT_EQ(cache.num_free_pages(), 1);
+  EXPECT_TRUE(cache.reserve(a, 128)) << "the second page has room";
+  EXPECT_EQ(a.pages.size(), 2u);
+}
+
+TEST(KvCache, PagesAreNeverSharedAndAllComeBack) {
+  constexpr uint64_t kSeed = 20261123;
+  SCOPED_TRACE(testing::Message() << "seed " << kSeed);
+  Rng rng(kSeed);
+  KvCache cache(shape_of(50));
+  std::vector<SequenceCache> sequences(7);
+  for (int step = 0; step < 2000; ++step) {
+    SequenceCache& sequence = sequences[rng.below(sequences.size())];
+    if (rng.below(4) == 0) {
+      cache.release(sequence);
+    } else {
+      const int64_t want = sequence.num_tokens + static_cast<int64_t>(rng.below(300));
+      if (cache.reserve(sequence, want)) sequence.num_tokens = want;
+    }
+    std::set<int32_t> used;
+    size_t count = 0;
+    for (const SequenceCache& s : sequences) {
+      used.insert(s.pages.begin(), s.pages.end());
+      count += s.pages.size();
+      EXPECT_GE(static_cast<int64_t>(s.pages.size()) * kPageTokens, s.num_tokens);
+    }
+    ASSERT_EQ(used.size(), count);
+    ASSERT_EQ(static_cast<int64_t>(count) + cache.num_free_pages(), 50);
+  }
+}
+
+TEST(KvCache, RowsOfOnePageDoNotOverlap) {
+  KvCache cache(shape_of(2));
+  const PagedRows rows = cache.latent(1);
+  const int32_t pages[] = {1, 0};
+  std::set<const uint8_t*> starts;
+  for (int64_t p = 0; p < 2 * kPageTokens; ++p) starts.insert(rows.row(pages, p));
+  EXPECT_EQ(starts.size(), 128u);
+  EXPECT_EQ(rows.row(pages, 64), rows.base);
+  EXPECT_EQ(rows.row(pages, 1) - rows.row(pages, 0), 24);
+}
+
+}  // namespace
+}  // namespace indexcache

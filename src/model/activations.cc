@@ -1,0 +1,68 @@
+#include <algorithm>
+
+#include "base/checked.h"
+#include "model/forward.h"
+
+namespace indexcache {
+
+namespace {
+
+// Hands out 64-byte aligned pieces of one block; with a null base it only counts.
+struct Carver {
+  uint8_t* base;
+  uint64_t used = 0;
+
+  template <class T>
+  void take(T** pointer, int64_t count) {
+    *pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<uint64_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+  }
+};
+
+uint64_t carve(const ModelConfig& config, int64_t T, uint8_t* base, Activations* a) {
+  const AttentionConfig& attn = config.attention;
+  const IndexerConfig& indexer = config.indexer;
+  const MoeConfig& moe = config.moe;
+  const int64_t heads = attn.num_attention_heads, row = attn.kv_lora_rank + attn.qk_rope_head_dim;
+  const int64_t slots = T * moe.num_experts_per_tok;
+  const int64_t shared_width = moe.moe_intermediate_size * moe.n_shared_experts;
+  const int64_t mlp = std::max({T * config.intermediate_size, slots * moe.moe_intermediate_size, T * shared_width});
+
+  Carver c{base};
+  c.take(&a->x, T * config.hidden_size);
+  c.take(&a->normed, T * config.hidden_size);
+  c.take(&a->q_latent, T * attn.q_lora_rank);
+  c.take(&a->q, T * heads * attn.qk_head_dim());
+  c.take(&a->kv, T * row);
+  c.take(&a->q_absorbed, T * heads * row);
+  c.take(&a->attended, T * heads * attn.kv_lora_rank);
+  c.take(&a->value, T * heads * attn.v_head_dim);
+  c.take(&a->index_q, T * indexer.index_n_heads * indexer.index_head_dim);
+  c.take(&a->index_key, T * indexer.index_head_dim);
+  c.take(&a->index_weights, T * indexer.index_n_heads);
+  c.take(&a->positions, T * indexer.index_topk);
+  c.take(&a->counts, T);
+  c.take(&a->gate, mlp);
+  c.take(&a->up, mlp);
+  c.take(&a->router_logits, T * moe.n_routed_experts);
+  c.take(&a->experts, slots);
+  c.take(&a->expert_weights, slots);
+  c.take(&a->slots, slots);
+  c.take(&a->slot_tokens, slots);
+  c.take(&a->expert_rows, slots * config.hidden_size);
+  return c.used;
+}
+
+}  // namespace
+
+Activations::Activations(const ModelConfig& config, int64_t max_tokens_in) : max_tokens(max_tokens_in) {
+  memory = HostMemory(carve(config, max_tokens, nullptr, this));
+  carve(config, max_tokens, memory.data(), this);
+}
+
+uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens) {
+  Activations empty(config, 0);
+  return carve(config, max_tokens, nullptr, &empty);
+}
+
+}  // namespace indexcache

@@ -1,0 +1,110 @@
+// What an operation is run with: threads, scratch memory, the implementations a user forced, and
+// the clock.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/units.h"
+#include "device/memory.h"
+#include "device/thread_pool.h"
+
+namespace indexcache {
+
+// What one call costs by its contract, for benchmarks and the op table.
+struct Cost {
+  double flops = 0;
+  double bytes = 0;  // least traffic: every operand once
+};
+
+struct OpTime {
+  int64_t calls = 0;
+  double seconds = 0;
+  Cost cost;
+};
+
+// Times by op name ("matmul"), filled when Exec::profile is set.
+struct Profile {
+  std::map<std::string, OpTime> ops;
+};
+
+struct Exec {
+  explicit Exec(int num_threads) : pool(num_threads), scratch_(static_cast<size_t>(num_threads)) {}
+
+  ThreadPool pool;
+  Profile* profile = nullptr;
+  std::map<std::string, std::string> forced;  // op name -> implementation name ("--force op=name")
+
+  // At least `num_bytes` of 64-byte aligned memory that thread `thread` may use until its next call
+  // of scratch(). Contents are undefined. Grows, never shrinks.
+  uint8_t* scratch(int thread, size_t num_bytes) {
+    HostMemory& memory = scratch_[static_cast<size_t>(thread)];
+    if (memory.num_bytes() < num_bytes) memory = HostMemory(num_bytes + num_bytes / 2);
+    return memory.data();
+  }
+
+  // The same for the calling thread to fill before a parallel part reads it.
+  uint8_t* shared_scratch(size_t num_bytes) {
+    if (shared_scratch_.num_bytes() < num_bytes)
+      shared_scratch_ = HostMemory(num_bytes + num_bytes / 2);
+    return shared_scratch_.data();
+  }
+
+ private:
+  std::vector<HostMemory> scratch_;
+  HostMemory shared_scratch_;
+};
+
+// One implementation of an op. A table lists them best first, `ref` last.
+template <class Args>
+struct OpImpl {
+  const char* name;
+  bool (*supported)(const Args& args);
+  void (*run)(Exec& exec, const Args& args);
+};
+
+// The forced implementation if there is one (Error when it cannot take these arguments), else the
+// first supported.
+template <class Args, size_t N>
+const OpImpl<Args>& choose(const Exec& exec, const char* op, const OpImpl<Args> (&table)[N],
+                           const Args& args) {
+  const auto forced = exec.forced.find(op);
+  for (const OpImpl<Args>& impl : table) {
+    if (forced != exec.forced.end() && forced->second != impl.name) continue;
+    if (impl.supported(args)) return impl;
+    if (forced != exec.forced.end()) {
+      fail("--force {}={}: this implementation does not support the CPU or these arguments", op,
+           impl.name);
+    }
+  }
+  std::string names;
+  for (const OpImpl<Args>& impl : table)
+    names += fmt::format("{}{}", names.empty() ? "" : ", ", impl.name);
+  fail("--force {}={}: found no such implementation, expected one of: {}", op, forced->second,
+       names);
+}
+
+template <class Args, size_t N>
+void run_op(Exec& exec, const char* op, const OpImpl<Args> (&table)[N], const Args& args,
+            Cost cost) {
+  const OpImpl<Args>& impl = choose(exec, op, table, args);
+  if (exec.profile == nullptr) {
+    impl.run(exec, args);
+    return;
+  }
+  const double start = monotonic_seconds();
+  impl.run(exec, args);
+  OpTime& time = exec.profile->ops[op];
+  time.calls += 1;
+  time.seconds += monotonic_seconds() - start;
+  time.cost.flops += cost.flops;
+  time.cost.bytes += cost.bytes;
+}
+
+}  // namespace indexcache

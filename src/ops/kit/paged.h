@@ -1,0 +1,39 @@
+// How ops see a paged cache: rows of equal length, 64 to a page, pages found through a table per
+// sequence.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "tensor/dtype.h"
+
+namespace indexcache {
+
+inline constexpr int64_t kPageTokens = 64;
+
+// One pool of rows, e.g. the latent KV of one layer. Row of position p of a sequence with page
+// table `pages`: page = pages[p / 64], address = base + page * page_bytes + (p % 64) * row_elements
+// * sizeof(dtype).
+struct PagedRows {
+  DType dtype = DType::kF32;  // kF32 or kBF16
+  int64_t row_elements = 0;
+  int64_t page_bytes = 0;
+  uint8_t* base = nullptr;
+
+  uint8_t* row(const int32_t* pages, int64_t position) const {
+    return base + pages[position / kPageTokens] * page_bytes +
+           (position % kPageTokens) * row_elements * dtype_bytes(dtype);
+  }
+};
+
+// A run of consecutive tokens of one sequence inside a ragged batch: rows [token_begin, token_begin
+// + num_tokens) of the batch are positions [first_position, first_position + num_tokens) of the
+// sequence.
+struct SeqSpan {
+  int64_t token_begin = 0;
+  int64_t num_tokens = 0;
+  int64_t first_position = 0;
+  const int32_t* pages = nullptr;  // logical page -> page of the pool; shared by all layers
+};
+
+}  // namespace indexcache

@@ -1,0 +1,65 @@
+// Checks the contract of matmul and chooses an implementation.
+#include "ops/matmul/matmul.h"
+
+#include "base/checked.h"
+#include "device/cpu_features.h"
+#include "ops/matmul/matmul_impl.h"
+#include "ops/matmul/matmul_kernels.h"
+
+namespace indexcache {
+
+namespace {
+
+const OpImpl<MatmulArgs> kMatmulImpls[] = {
+    {"onednn_tiles", matmul_onednn_tiles_supported, matmul_onednn},
+    {"avx512bf16", [](const MatmulArgs&) { return cpu_features().avx512_bf16; },
+     [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx512bf16::kMatmulKernels, exec, args); }},
+    {"avx512", [](const MatmulArgs&) { return cpu_features().avx512; },
+     [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx512::kMatmulKernels, exec, args); }},
+    {"avx2", [](const MatmulArgs&) { return cpu_features().avx2; },
+     [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx2::kMatmulKernels, exec, args); }},
+    {"onednn", matmul_onednn_supported, matmul_onednn},
+    {"ref", [](const MatmulArgs&) { return true; }, matmul_ref},
+};
+
+void check_group(const MatmulGroup& group) {
+  const Weight& w = group.w;
+  CHECK_GE(group.m, 0);
+  CHECK_GE(w.rows, 0);
+  CHECK_GE(w.cols, 0);
+  CHECK(w.dtype == DType::kF32 || w.dtype == DType::kF16 || w.dtype == DType::kBF16 || w.dtype == DType::kF8E4M3);
+  if (group.m == 0 || w.rows == 0) return;
+  CHECK(group.y != nullptr);
+  if (group.m > 1) {
+    CHECK_GE(group.ldx, w.cols);
+    CHECK_GE(group.ldy, w.rows);
+  }
+  if (w.cols == 0) return;
+  CHECK(group.x != nullptr);
+  CHECK(w.data != nullptr);
+  CHECK(w.dtype != DType::kF8E4M3 || w.scale_inv != nullptr);
+}
+
+}  // namespace
+
+std::span<const OpImpl<MatmulArgs>> matmul_impls() { return kMatmulImpls; }
+
+Cost matmul_cost(const MatmulArgs& args) {
+  Cost cost;
+  for (const MatmulGroup& group : args.groups) {
+    const auto m = static_cast<double>(group.m);
+    const auto n = static_cast<double>(group.w.rows);
+    const auto k = static_cast<double>(group.w.cols);
+    if (group.m == 0) continue;
+    cost.flops += 2 * m * n * k;
+    cost.bytes += 4 * m * (k + n * (args.accumulate ? 2 : 1)) + n * k * dtype_bytes(group.w.dtype);
+  }
+  return cost;
+}
+
+void matmul(Exec& exec, const MatmulArgs& args) {
+  for (const MatmulGroup& group : args.groups) check_group(group);
+  run_op(exec, "matmul", kMatmulImpls, args, exec.profile != nullptr ? matmul_cost(args) : Cost{});
+}
+
+}  // namespace indexcache

@@ -1,0 +1,452 @@
+// The vector kernels of matmul: 12 rows of w by 2 panels of x at a time for many rows of x, 4 rows of w by up to 4 rows of
+// x, lanes along k, for few.
+#include "ops/kit/vec.h"
+#include "ops/matmul/matmul_kernels.h"
+
+namespace indexcache {
+namespace INDEXCACHE_ISA {
+namespace {
+
+constexpr int64_t kScaleBlock = 128;
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with 2 panels: 24 of 32 or 12 of 16 registers hold sums
+constexpr int kTilePanels = 2;
+constexpr int64_t kBlockWords = 256;                  // of k: a tile of w stays in L1 while panels pass
+constexpr int64_t kTileStride = kBlockWords + 16;     // not a power of two: rows must not share L1 sets
+constexpr int kSmallRows = kLanes == 16 ? 4 : 2;
+constexpr int kSmallM = 4;
+
+enum class Words { kF32, kF32RoundedToBF16, kBF16Pair };
+
+constexpr int kWeightBytes[] = {4, 2, 2, 1};  // by WeightType
+
+template <Words kWords>
+constexpr int kElements = kWords == Words::kBF16Pair ? 2 * kLanes : kLanes;  // of one vector of words
+
+template <Words kWords>
+INDEXCACHE_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kWords == Words::kBF16Pair) {
+    return vec_dot_bf16(sum, _mm512_castps_si512(a), _mm512_castps_si512(b));
+  }
+#endif
+  return vec_fma(a, b, sum);
+}
+
+#if defined(__AVX512F__)
+INDEXCACHE_INLINE Vec round_to_bf16(Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+
+// e4m3 to float32: the bits in place give the value times 2^-120, subnormals too.
+INDEXCACHE_INLINE Vec load_f8(const uint8_t* p, Vec scale) {
+  const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7F));
+  const __m512i sign = _mm512_slli_epi32(_mm512_xor_si512(bits, magnitude), 24);
+  const Vec small = _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(magnitude, 20), sign));
+  const Vec value = vec_mul(vec_mul(small, vec_set(0x1.0p120f)), scale);
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
+  return _mm512_mask_mov_ps(value, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)));
+}
+
+INDEXCACHE_INLINE Vec load_first(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+INDEXCACHE_INLINE void store_first(float* p, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+
+INDEXCACHE_INLINE void transpose(Vec (&v)[16]) {
+  Vec t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]);
+      const __m512d b = _mm512_castps_pd(t[i + j + 2]);
+      v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+  }
+}
+#else
+INDEXCACHE_INLINE Vec round_to_bf16(Vec v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const Vec kept = _mm256_and_ps(_mm256_castsi256_ps(rounded),
+                                 _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  const Vec nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
+  return _mm256_blendv_ps(kept, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
+
+INDEXCACHE_INLINE Vec load_f8(const uint8_t* p, Vec scale) {
+  const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F));
+  const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(bits, magnitude), 24);
+  const Vec small = _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(magnitude, 20), sign));
+  const Vec value = vec_mul(vec_mul(small, vec_set(0x1.0p120f)), scale);
+  const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
+  return _mm256_blendv_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), _mm256_castsi256_ps(nan));
+}
+
+INDEXCACHE_INLINE __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+INDEXCACHE_INLINE Vec load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+INDEXCACHE_INLINE void store_first(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+
+INDEXCACHE_INLINE void transpose(Vec (&v)[8]) {
+  Vec t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      v[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xEE);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+#endif
+
+template <WeightType kType>
+INDEXCACHE_INLINE Vec load_f32(const uint8_t* p, Vec scale) {
+  if constexpr (kType == WeightType::kF32) return vec_load(reinterpret_cast<const float*>(p));
+  if constexpr (kType == WeightType::kF16) return vec_load_f16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == WeightType::kBF16) return vec_load_bf16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == WeightType::kF8E4M3) return load_f8(p, scale);
+}
+
+// kElements elements at p as one vector of words.
+template <WeightType kType, Words kWords>
+INDEXCACHE_INLINE Vec load_words(const uint8_t* p, Vec scale) {
+  if constexpr (kWords == Words::kF32 || (kWords == Words::kF32RoundedToBF16 && kType == WeightType::kBF16)) {
+    return load_f32<kType>(p, scale);
+  } else if constexpr (kWords == Words::kF32RoundedToBF16) {
+    return round_to_bf16(load_f32<kType>(p, scale));
+  } else if constexpr (kType == WeightType::kBF16) {
+    return vec_load(reinterpret_cast<const float*>(p));
+  } else {
+#if defined(__AVX512BF16__)
+    const Vec low = load_f32<kType>(p, scale);
+    const Vec high = load_f32<kType>(p + kLanes * kWeightBytes[static_cast<int>(kType)], scale);
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    __builtin_unreachable();
+#endif
+  }
+}
+
+// `count` < kElements elements at p, the rest zero; reads nothing beyond them.
+template <WeightType kType, Words kWords>
+INDEXCACHE_INLINE Vec load_last_words(const uint8_t* p, int64_t count, Vec scale) {
+  constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+  alignas(64) uint8_t buffer[static_cast<size_t>(kElements<kWords>) * kBytes] = {};
+  __builtin_memcpy(buffer, p, static_cast<size_t>(count * kBytes));
+  return load_words<kType, kWords>(buffer, scale);
+}
+
+// Elements of one row as words, the last vector filled with zeros. `scale` are those of the elements' blocks of 128.
+template <WeightType kType, Words kWords>
+INDEXCACHE_INLINE void row_to_words(const uint8_t* p, int64_t count, const float* scale, float* out) {
+  constexpr int64_t kStep = kElements<kWords>;
+  constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+  const auto scale_at = [scale](int64_t i) {
+    return kType == WeightType::kF8E4M3 ? vec_set(scale[i / kScaleBlock]) : vec_zero();
+  };
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep, out += kLanes) {
+    vec_store(out, load_words<kType, kWords>(p + i * kBytes, scale_at(i)));
+  }
+  if (i < count) vec_store(out, load_last_words<kType, kWords>(p + i * kBytes, count - i, scale_at(i)));
+}
+
+// Calls f.template operator()<kType, kWords>().
+template <class F>
+INDEXCACHE_INLINE void with_words(WeightType type, bool bf16, const F& f) {
+  const auto with_type = [&]<Words kWords>() {
+    switch (type) {
+      case WeightType::kF32: return f.template operator()<WeightType::kF32, kWords>();
+      case WeightType::kF16: return f.template operator()<WeightType::kF16, kWords>();
+      case WeightType::kBF16: return f.template operator()<WeightType::kBF16, kWords>();
+      case WeightType::kF8E4M3: return f.template operator()<WeightType::kF8E4M3, kWords>();
+    }
+  };
+  if (!bf16) return with_type.template operator()<Words::kF32>();
+  if constexpr (kHasDot) return with_type.template operator()<Words::kBF16Pair>();
+  return with_type.template operator()<Words::kF32RoundedToBF16>();
+}
+
+INDEXCACHE_INLINE int64_t words_of(int64_t num_elements, bool bf16) {
+  return bf16 && kHasDot ? (num_elements + 1) / 2 : num_elements;
+}
+
+INDEXCACHE_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+void pack_rows(const MatmulPackArgs& args) {
+  const int64_t stride = round_up(words_of(args.k, args.bf16), kLanes);
+  with_words(WeightType::kF32, args.bf16, [&]<WeightType kType, Words kWords>() {
+    for (int64_t row = 0; row < args.num_rows; ++row) {
+      row_to_words<WeightType::kF32, kWords>(reinterpret_cast<const uint8_t*>(args.x + row * args.ldx), args.k, nullptr,
+                                             args.out + row * stride);
+    }
+  });
+}
+
+void pack_panel(const MatmulPackArgs& args) {
+  with_words(WeightType::kF32, args.bf16, [&]<WeightType kType, Words kWords>() {
+    constexpr int64_t kStep = kElements<kWords>;
+    const int64_t num_words = words_of(args.k, args.bf16);
+    for (int64_t i = 0, word = 0; i < args.k; i += kStep, word += kLanes) {
+      Vec v[kLanes];
+      for (int64_t row = 0; row < kLanes; ++row) {
+        const auto* p = reinterpret_cast<const uint8_t*>(args.x + row * args.ldx + i);
+        if (row >= args.num_rows) {
+          v[row] = vec_zero();
+        } else if (i + kStep <= args.k) {
+          v[row] = load_words<WeightType::kF32, kWords>(p, vec_zero());
+        } else {
+          v[row] = load_last_words<WeightType::kF32, kWords>(p, args.k - i, vec_zero());
+        }
+      }
+      transpose(v);
+      const int64_t count = num_words - word < kLanes ? num_words - word : kLanes;
+      for (int64_t j = 0; j < count; ++j) vec_store(args.out + (word + j) * kLanes, v[j]);
+    }
+  });
+}
+
+// sums[r][16 p + lane] (+)= over words: w[r][word] x[p][word][lane]
+template <Words kWords, int kRows, int kPanels>
+void tile(const float* w, const float* x, int64_t panel_stride, int64_t num_words, bool first, float* sums,
+          int64_t sums_stride) {
+  Vec sum[kRows][kPanels];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      sum[r][p] = first ? vec_zero() : vec_load(sums + r * sums_stride + p * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < num_words; ++i) {
+    Vec panel[kPanels];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) panel[p] = vec_load(x + p * panel_stride + i * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const Vec word = vec_set(w[r * kTileStride + i]);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) sum[r][p] = multiply_add<kWords>(word, panel[p], sum[r][p]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) vec_store(sums + r * sums_stride + p * kLanes, sum[r][p]);
+  }
+}
+
+// Heights of a tile are thirds of the full one; rows above `num_rows` of the scratch are computed and not stored.
+template <Words kWords, int kPanels>
+INDEXCACHE_INLINE void tile_of_rows(int64_t num_rows, const float* w, const float* x, int64_t panel_stride,
+                                    int64_t num_words, bool first, float* sums, int64_t sums_stride) {
+  constexpr int kThird = kTileRows / 3;
+  if (num_rows > 2 * kThird) {
+    tile<kWords, 3 * kThird, kPanels>(w, x, panel_stride, num_words, first, sums, sums_stride);
+  } else if (num_rows > kThird) {
+    tile<kWords, 2 * kThird, kPanels>(w, x, panel_stride, num_words, first, sums, sums_stride);
+  } else {
+    tile<kWords, kThird, kPanels>(w, x, panel_stride, num_words, first, sums, sums_stride);
+  }
+}
+
+// sums [rows][m rounded up to lanes] to y [m][rows].
+void store_transposed(const MatmulRowsArgs& args, const float* sums, int64_t sums_stride) {
+  const int64_t num_rows = args.row_end - args.row_begin;
+  for (int64_t m = 0; m < args.m; m += kLanes) {
+    const int64_t num_m = args.m - m < kLanes ? args.m - m : kLanes;
+    for (int64_t row = 0; row < num_rows; row += kLanes) {
+      const int64_t count = num_rows - row < kLanes ? num_rows - row : kLanes;
+      Vec v[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        v[r] = r < count ? vec_load(sums + (row + r) * sums_stride + m) : vec_zero();
+      }
+      transpose(v);
+      for (int64_t i = 0; i < num_m; ++i) {
+        float* y = args.y + (m + i) * args.ldy + args.row_begin + row;
+        store_first(y, args.accumulate ? vec_add(load_first(y, count), v[i]) : v[i], count);
+      }
+    }
+  }
+}
+
+int64_t panel_scratch_bytes(int64_t num_rows, int64_t m) {
+  const int64_t rows = round_up(num_rows, kTileRows);
+  return rows * (kTileStride + round_up(m, kLanes)) * static_cast<int64_t>(sizeof(float));
+}
+
+void panel_rows(const MatmulRowsArgs& args) {
+  const int64_t num_rows = args.row_end - args.row_begin;
+  const int64_t num_words = words_of(args.k, args.bf16);
+  const int64_t panel_stride = num_words * kLanes;
+  const int64_t sums_stride = round_up(args.m, kLanes);
+  const int64_t num_panels = sums_stride / kLanes;
+  const int64_t scale_stride = (args.k + kScaleBlock - 1) / kScaleBlock;
+  auto* const block = reinterpret_cast<float*>(args.scratch);
+  float* const sums = block + round_up(num_rows, kTileRows) * kTileStride;
+
+  with_words(args.type, args.bf16, [&]<WeightType kType, Words kWords>() {
+    constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+    constexpr int64_t kWordElements = kWords == Words::kBF16Pair ? 2 : 1;
+    for (int64_t word = 0; word < num_words; word += kBlockWords) {
+      const int64_t count = num_words - word < kBlockWords ? num_words - word : kBlockWords;
+      const int64_t element = word * kWordElements;
+      const int64_t num_elements =
+          args.k - element < count * kWordElements ? args.k - element : count * kWordElements;
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t row = args.row_begin + r;
+        const float* scale = nullptr;
+        if constexpr (kType == WeightType::kF8E4M3) {
+          scale = args.scale_inv + row / kScaleBlock * scale_stride + element / kScaleBlock;
+        }
+        row_to_words<kType, kWords>(args.w + (row * args.k + element) * kBytes, num_elements, scale,
+                                    block + r * kTileStride);
+      }
+      for (int64_t panel = 0; panel < num_panels; panel += kTilePanels) {
+        const float* x = args.x + panel * panel_stride + word * kLanes;
+        for (int64_t r = 0; r < num_rows; r += kTileRows) {
+          float* tile_sums = sums + r * sums_stride + panel * kLanes;
+          if (panel + kTilePanels <= num_panels) {
+            tile_of_rows<kWords, kTilePanels>(num_rows - r, block + r * kTileStride, x, panel_stride, count, word == 0,
+                                              tile_sums, sums_stride);
+          } else {
+            tile_of_rows<kWords, 1>(num_rows - r, block + r * kTileStride, x, panel_stride, count, word == 0, tile_sums,
+                                    sums_stride);
+          }
+        }
+      }
+    }
+  });
+  store_transposed(args, sums, sums_stride);
+}
+
+// y[m][row] of kRows rows of w and kM rows of x.
+template <WeightType kType, Words kWords, int kRows, int kM>
+INDEXCACHE_INLINE void small_tile(const MatmulRowsArgs& args, int64_t row, int64_t m) {
+  constexpr int64_t kStep = kElements<kWords>;
+  constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+  const int64_t x_stride = round_up(words_of(args.k, args.bf16), kLanes);
+  const int64_t row_bytes = args.k * kBytes;
+  const uint8_t* w = args.w + row * row_bytes;
+  const float* x = args.x + m * x_stride;
+  const int64_t scale_stride = (args.k + kScaleBlock - 1) / kScaleBlock;
+
+  Vec sum[kRows][kM];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kM; ++j) sum[r][j] = vec_zero();
+  }
+  const auto add_words = [&](const Vec (&words)[kRows], const float* x_words) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kM; ++j) {
+      const Vec v = vec_load(x_words + j * x_stride);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][j] = multiply_add<kWords>(words[r], v, sum[r][j]);
+    }
+  };
+  // All rows of a tile lie in one block row: tiles start at multiples of kSmallRows, which divides 128.
+  const auto scale_at = [&](int64_t i) __attribute__((always_inline)) {
+    if constexpr (kType == WeightType::kF8E4M3) {
+      return vec_set(args.scale_inv[row / kScaleBlock * scale_stride + i / kScaleBlock]);
+    } else {
+      return vec_zero();
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= args.k; i += kStep, x += kLanes) {
+    const Vec scale = scale_at(i);
+    Vec words[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* p = w + r * row_bytes + i * kBytes;
+      words[r] = load_words<kType, kWords>(p, scale);
+      __builtin_prefetch(p + kRows * row_bytes, 0, 3);
+    }
+    add_words(words, x);
+  }
+  if (i < args.k) {
+    const Vec scale = scale_at(i);
+    Vec words[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      words[r] = load_last_words<kType, kWords>(w + r * row_bytes + i * kBytes, args.k - i, scale);
+    }
+    add_words(words, x);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kM; ++j) {
+    float* y = args.y + (m + j) * args.ldy + row;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) y[r] = vec_sum(sum[r][j]) + (args.accumulate ? y[r] : 0.0f);
+  }
+}
+
+template <WeightType kType, Words kWords, int kRows>
+INDEXCACHE_INLINE void small_tile_of_m(const MatmulRowsArgs& args, int64_t row) {
+  int64_t m = 0;
+  for (; m + kSmallM <= args.m; m += kSmallM) small_tile<kType, kWords, kRows, 4>(args, row, m);
+  switch (args.m - m) {
+    case 1: return small_tile<kType, kWords, kRows, 1>(args, row, m);
+    case 2: return small_tile<kType, kWords, kRows, 2>(args, row, m);
+    case 3: return small_tile<kType, kWords, kRows, 3>(args, row, m);
+  }
+}
+
+void small_rows(const MatmulRowsArgs& args) {
+  with_words(args.type, args.bf16, [&]<WeightType kType, Words kWords>() {
+    int64_t row = args.row_begin;
+    for (; row + kSmallRows <= args.row_end; row += kSmallRows) small_tile_of_m<kType, kWords, kSmallRows>(args, row);
+    for (; row < args.row_end; ++row) small_tile_of_m<kType, kWords, 1>(args, row);
+  });
+}
+
+}  // namespace
+
+extern const MatmulKernels kMatmulKernels = {
+    kLanes, kTileRows, kSmallRows, kHasDot, pack_panel, pack_rows, panel_rows, panel_scratch_bytes, small_rows,
+};
+
+}  // namespace INDEXCACHE_ISA
+}  // namespace indexcache

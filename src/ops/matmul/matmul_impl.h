@@ -1,0 +1,26 @@
+// What the implementations of matmul share.
+#pragma once
+
+#include "ops/matmul/matmul.h"
+#include "tensor/tensor.h"
+
+namespace indexcache {
+
+// fp8 weights carry one scale per block of this many rows and columns.
+inline constexpr int64_t kScaleBlock = 128;
+
+struct MatmulKernels;
+
+void matmul_ref(Exec& exec, const MatmulArgs& args);
+void matmul_vector(const MatmulKernels& kernels, Exec& exec, const MatmulArgs& args);
+
+// Aligned bf16 weights with Compute::kBF16, aligned f32 weights with Compute::kF32.
+bool matmul_onednn_supported(const MatmulArgs& args);
+// The same on a CPU with tiles, when there are enough rows of x for them.
+bool matmul_onednn_tiles_supported(const MatmulArgs& args);
+void matmul_onednn(Exec& exec, const MatmulArgs& args);
+
+// Best first. `ref` is last.
+std::span<const OpImpl<MatmulArgs>> matmul_impls();
+
+}  // namespace indexcache

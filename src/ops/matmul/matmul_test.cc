@@ -1,0 +1,391 @@
+// Every implementation of matmul against ref, on shapes that are no multiple of anything.
+#include "ops/matmul/matmul.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "base/checked.h"
+#include "base/rng.h"
+#include "ops/matmul/matmul_impl.h"
+
+namespace indexcache {
+namespace {
+
+constexpr uint64_t kSeed = 20251;
+constexpr uint32_t kPoison = 0x7FA5A5A5;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr DType kWeightTypes[] = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3};
+
+void store_element(DType dtype, float value, uint8_t* data, int64_t i) {
+  switch (dtype) {
+    case DType::kF32: std::memcpy(data + 4 * i, &value, 4); return;
+    case DType::kF16: {
+      const uint16_t bits = f32_to_f16(value);
+      std::memcpy(data + 2 * i, &bits, 2);
+      return;
+    }
+    case DType::kBF16: {
+      const uint16_t bits = f32_to_bf16(value);
+      std::memcpy(data + 2 * i, &bits, 2);
+      return;
+    }
+    default: data[i] = f32_to_f8e4m3(value);
+  }
+}
+
+// A weight that owns its bytes, one byte off any alignment.
+struct OwnedWeight {
+  std::vector<uint8_t> bytes;
+  std::vector<float> scale_inv;
+  Weight w;
+
+  OwnedWeight(DType dtype, int64_t n, int64_t k)
+      : bytes(static_cast<size_t>(n * k * dtype_bytes(dtype) + 1)),
+        scale_inv(static_cast<size_t>(ceil_div(n, kScaleBlock) * ceil_div(k, kScaleBlock)), 1.0f) {
+    w = {dtype, n, k, bytes.data() + 1, dtype == DType::kF8E4M3 ? scale_inv.data() : nullptr};
+  }
+  void set(int64_t row, int64_t col, float value) {
+    store_element(w.dtype, value, bytes.data() + 1, row * w.cols + col);
+  }
+};
+
+std::unique_ptr<OwnedWeight> random_weight(Rng& rng, DType dtype, int64_t n, int64_t k) {
+  auto weight = std::make_unique<OwnedWeight>(dtype, n, k);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < k; ++j) weight->set(i, j, rng.normal());
+  }
+  for (float& scale : weight->scale_inv) scale = static_cast<float>(std::exp2(6 * rng.uniform() - 3));
+  return weight;
+}
+
+std::vector<float> random_floats(Rng& rng, int64_t count) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = rng.normal();
+  return values;
+}
+
+std::vector<float> poisoned(int64_t count) {
+  return std::vector<float>(static_cast<size_t>(count), std::bit_cast<float>(kPoison));
+}
+
+std::vector<float> absolute(std::vector<float> values) {
+  for (float& value : values) value = std::fabs(value);
+  return values;
+}
+
+std::unique_ptr<OwnedWeight> absolute(const OwnedWeight& weight) {
+  const Weight& w = weight.w;
+  auto result = std::make_unique<OwnedWeight>(w.dtype, w.rows, w.cols);
+  const TensorView view = {w.dtype, {w.rows, w.cols}, w.data};
+  for (int64_t i = 0; i < w.rows * w.cols; ++i) result->set(0, i, std::fabs(element_as_f32(view, i)));
+  result->scale_inv = weight.scale_inv;
+  if (w.scale_inv != nullptr) result->w.scale_inv = result->scale_inv.data();
+  return result;
+}
+
+// The implementations that this machine can run with these arguments, without ref.
+std::vector<const char*> implementations(const MatmulArgs& args) {
+  std::vector<const char*> names;
+  for (const OpImpl<MatmulArgs>& impl : matmul_impls()) {
+    if (std::string_view(impl.name) != "ref" && impl.supported(args)) names.push_back(impl.name);
+  }
+  return names;
+}
+
+void run_as(const char* name, int num_threads, const MatmulArgs& args) {
+  Exec exec(num_threads);
+  exec.forced["matmul"] = name;
+  matmul(exec, args);
+}
+
+// Same NaN and infinities, else |y - ref| <= 2 terms 2^-24 sum_of_absolutes.
+void expect_close(const std::vector<float>& y, const std::vector<float>& ref, const std::vector<float>& bound,
+                  int64_t terms, const std::string& what) {
+  double worst = 0;
+  size_t worst_at = 0;
+  for (size_t i = 0; i < ref.size(); ++i) {
+    if (std::bit_cast<uint32_t>(ref[i]) == kPoison) {
+      ASSERT_EQ(std::bit_cast<uint32_t>(y[i]), kPoison) << what << ": wrote outside at " << i;
+      continue;
+    }
+    ASSERT_EQ(std::isnan(y[i]), std::isnan(ref[i])) << what << " at " << i << ": " << y[i] << " vs " << ref[i];
+    if (std::isnan(ref[i])) continue;
+    if (std::isinf(ref[i]) || std::isinf(y[i])) {
+      ASSERT_EQ(y[i], ref[i]) << what << " at " << i;
+      continue;
+    }
+    const double error = std::fabs(static_cast<double>(y[i]) - ref[i]);
+    const double allowed = 2.0 * static_cast<double>(terms) * 0x1.0p-24 * bound[i];
+    if (error > 0 && !(error / allowed <= worst)) {
+      worst = error / allowed;
+      worst_at = i;
+    }
+  }
+  ASSERT_LE(worst, 1.0) << what << " worst at " << worst_at << ": " << y[worst_at] << " vs " << ref[worst_at];
+}
+
+TEST(Matmul, EveryImplementationAgreesWithRefOnOddSizes) {
+  Rng rng(kSeed);
+  for (const DType dtype : kWeightTypes) {
+    for (const int64_t k : {0, 1, 2, 31, 64, 130, 1000}) {
+      for (const int64_t n : {1, 5, 12, 13, 64, 100}) {
+        const auto weight = random_weight(rng, dtype, n, k);
+        const auto abs_weight = absolute(*weight);
+        for (const int64_t m : {0, 1, 2, 7, 16, 17, 33, 300}) {
+          const int64_t ldx = k + 3, ldy = n + 5;
+          const std::vector<float> x = random_floats(rng, m * ldx + 1);
+          const std::vector<float> abs_x = absolute(x);
+          for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+            std::vector<float> ref = poisoned(m * ldy + 1);
+            std::vector<float> bound = ref;
+            const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
+            const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
+            run_as("ref", 1, {{&group, 1}, compute});
+            run_as("ref", 1, {{&abs_group, 1}, compute});
+            for (const char* name : implementations({{&group, 1}, compute})) {
+              std::vector<float> y = poisoned(m * ldy + 1);
+              MatmulGroup own = group;
+              own.y = y.data();
+              run_as(name, 2, {{&own, 1}, compute});
+              expect_close(y, ref, bound, k,
+                           fmt::format("{} {} m={} k={} n={} {}", name, dtype_name(dtype), m, k, n,
+                                       compute == Compute::kF32 ? "f32" : "bf16"));
+              if (HasFatalFailure()) return;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A call with groups of every kind: heads as slices of a wider x and y, experts nobody chose, few and many tokens, one x
+// for several weights. Also for comparing the bits of several runs.
+struct ManyGroups {
+  std::vector<std::unique_ptr<OwnedWeight>> weights;
+  std::vector<std::vector<float>> inputs;
+  std::vector<float> y;
+  std::vector<MatmulGroup> groups;
+
+  explicit ManyGroups(Rng& rng, bool absolutes) {
+    const auto keep = [&](std::unique_ptr<OwnedWeight> weight) {
+      weights.push_back(absolutes ? absolute(*weight) : std::move(weight));
+      return weights.back()->w;
+    };
+    const auto input = [&](int64_t count) {
+      std::vector<float> values = random_floats(rng, count);
+      inputs.push_back(absolutes ? absolute(values) : values);
+      return inputs.back().data();
+    };
+    struct Place {
+      size_t group;
+      int64_t offset;
+    };
+    std::vector<Place> places;
+    int64_t y_size = 0;
+    const auto add = [&](const float* x, int64_t ldx, int64_t m, Weight w, int64_t offset, int64_t ldy) {
+      places.push_back({groups.size(), offset});
+      groups.push_back({x, ldx, m, w, nullptr, ldy});
+    };
+    for (const int64_t m : {5, 40}) {
+      const float* x = input(m * 4 * 70);
+      for (int64_t head = 0; head < 4; ++head) {
+        add(x + head * 70, 4 * 70, m, keep(random_weight(rng, kWeightTypes[head], 37, 70)), y_size + head * 37, 4 * 37);
+      }
+      y_size += m * 4 * 37;
+    }
+    for (const int64_t m : {0, 1, 3, 9, 30, 270, 0}) {
+      const float* x = input(m * 300 + 1);
+      for (const int64_t n : {200, 131}) {
+        add(x, 300, m, keep(random_weight(rng, kWeightTypes[rng.below(4)], n, 300)), y_size, n + 1);
+        y_size += m * (n + 1);
+      }
+    }
+    y = poisoned(y_size);
+    for (const Place& place : places) groups[place.group].y = y.data() + place.offset;
+  }
+};
+
+TEST(Matmul, GroupsAccumulateStridesAndEmptyExperts) {
+  for (const bool accumulate : {false, true}) {
+    for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+      const auto outcome = [&](const char* name, int num_threads, bool absolutes) {
+        Rng rng(kSeed + 1);
+        ManyGroups many(rng, absolutes);
+        if (accumulate) {
+          Rng y_rng(kSeed + 2);
+          for (const MatmulGroup& group : many.groups) {
+            for (int64_t i = 0; i < group.m; ++i) {
+              for (int64_t j = 0; j < group.w.rows; ++j) {
+                const float value = y_rng.normal();
+                group.y[i * group.ldy + j] = absolutes ? std::fabs(value) : value;
+              }
+            }
+          }
+        }
+        run_as(name, num_threads, {many.groups, compute, accumulate});
+        return many.y;
+      };
+      const std::vector<float> ref = outcome("ref", 2, false);
+      const std::vector<float> bound = outcome("ref", 2, true);
+      Rng rng(kSeed + 1);
+      const ManyGroups many(rng, false);
+      for (const char* name : implementations({many.groups, compute, accumulate})) {
+        const std::vector<float> y = outcome(name, 1, false);
+        expect_close(y, ref, bound, 300 + (accumulate ? 1 : 0), name);
+        for (const int num_threads : {2, 3}) {
+          const std::vector<float> again = outcome(name, num_threads, false);
+          EXPECT_EQ(std::memcmp(y.data(), again.data(), y.size() * sizeof(float)), 0)
+              << name << " with " << num_threads << " threads";
+        }
+      }
+    }
+  }
+}
+
+TEST(Matmul, ScalesFollowBlocksOf128) {
+  Rng rng(kSeed + 3);
+  const int64_t n = 300, k = 391;
+  for (const int64_t m : {1, 3, 40}) {
+    OwnedWeight weight(DType::kF8E4M3, n, k);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) weight.set(i, j, 1.0f);
+    }
+    for (size_t i = 0; i < weight.scale_inv.size(); ++i) weight.scale_inv[i] = static_cast<float>(1u << i);
+    // Each row of x picks one column, so y is that element of w.
+    std::vector<float> x(static_cast<size_t>(m * k));
+    std::vector<int64_t> column;
+    for (int64_t i = 0; i < m; ++i) {
+      column.push_back(static_cast<int64_t>(rng.below(static_cast<uint64_t>(k))));
+      x[static_cast<size_t>(i * k + column.back())] = 1;
+    }
+    for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+      std::vector<float> y(static_cast<size_t>(m * n));
+      const MatmulGroup group = {x.data(), k, m, weight.w, y.data(), n};
+      std::vector<const char*> names = implementations({{&group, 1}, compute});
+      names.push_back("ref");
+      for (const char* name : names) {
+        run_as(name, 2, {{&group, 1}, compute});
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < n; ++j) {
+            const int64_t block = j / 128 * 4 + column[static_cast<size_t>(i)] / 128;
+            ASSERT_EQ(y[static_cast<size_t>(i * n + j)], static_cast<float>(1 << block)) << name << " " << i << " " << j;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Matmul, EveryBitPatternOfAWeightIsReadExactly) {
+  // w = one column of all 256 bytes (fp8) or of spread bit patterns, x = 1: y is w.
+  for (const DType dtype : {DType::kF8E4M3, DType::kF16, DType::kBF16}) {
+    const int64_t n = dtype == DType::kF8E4M3 ? 256 : 65536;
+    OwnedWeight weight(dtype, n, 1);
+    for (int64_t i = 0; i < n; ++i) std::memcpy(weight.bytes.data() + 1 + i * dtype_bytes(dtype), &i, static_cast<size_t>(dtype_bytes(dtype)));
+    const TensorView view = {dtype, {n, 1}, weight.w.data};
+    for (const int64_t m : {1, 20}) {
+      const std::vector<float> x(static_cast<size_t>(m), 1.0f);
+      std::vector<float> y(static_cast<size_t>(m * n));
+      const MatmulGroup group = {x.data(), 1, m, weight.w, y.data(), n};
+      for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+        for (const char* name : implementations({{&group, 1}, compute})) {
+          run_as(name, 2, {{&group, 1}, compute});
+          for (int64_t i = 0; i < m * n; ++i) {
+            float expected = element_as_f32(view, i % n);
+            if (compute == Compute::kBF16) expected = bf16_to_f32(f32_to_bf16(expected));
+            const float found = y[static_cast<size_t>(i)];
+            if (std::isnan(expected)) {
+              ASSERT_TRUE(std::isnan(found)) << name << " " << i;
+            } else if (compute == Compute::kBF16 && std::fabs(expected) < std::numeric_limits<float>::min()) {
+              ASSERT_TRUE(found == expected || found == 0) << name << " " << i;  // bf16 subnormals may count as zero
+            } else {
+              ASSERT_EQ(found, expected) << name << " " << i;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Matmul, NanAndInfinityStayInTheirRowAndColumn) {
+  Rng rng(kSeed + 4);
+  for (const DType dtype : kWeightTypes) {
+    for (const int64_t m : {3, 40}) {
+      for (const int64_t k : {33, 700}) {
+        const int64_t n = 29;
+        const auto weight = random_weight(rng, dtype, n, k);
+        weight->set(7, k - 1, NAN);
+        if (dtype != DType::kF8E4M3) weight->set(13, 5, kInfinity);
+        std::vector<float> x = random_floats(rng, m * k);
+        x[static_cast<size_t>(1 * k + 2)] = NAN;
+        x[static_cast<size_t>(2 * k + 3)] = -kInfinity;
+        for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+          std::vector<float> ref(static_cast<size_t>(m * n));
+          const MatmulGroup group = {x.data(), k, m, weight->w, ref.data(), n};
+          run_as("ref", 1, {{&group, 1}, compute});
+          for (const char* name : implementations({{&group, 1}, compute})) {
+            std::vector<float> y(static_cast<size_t>(m * n));
+            MatmulGroup own = group;
+            own.y = y.data();
+            run_as(name, 2, {{&own, 1}, compute});
+            for (size_t i = 0; i < y.size(); ++i) {
+              ASSERT_EQ(std::isnan(y[i]), std::isnan(ref[i])) << name << " " << i;
+              ASSERT_EQ(std::isinf(y[i]), std::isinf(ref[i])) << name << " " << i;
+              if (std::isinf(ref[i])) {
+                ASSERT_EQ(y[i], ref[i]);
+              }
+            }
+            ASSERT_TRUE(std::isnan(y[static_cast<size_t>(7)])) << name;
+            ASSERT_FALSE(std::isnan(y[static_cast<size_t>(8)])) << name;
+            ASSERT_TRUE(std::isnan(y[static_cast<size_t>(n)])) << name;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Matmul, RefIsTheFormula) {
+  // 2 x 3 by hand: x = [1 2 3; 4 5 6], w = [1 0 -1; 0.5 0.5 0.5].
+  const std::vector<float> x = {1, 2, 3, 4, 5, 6};
+  OwnedWeight weight(DType::kBF16, 2, 3);
+  const float w[] = {1, 0, -1, 0.5, 0.5, 0.5};
+  for (int64_t i = 0; i < 6; ++i) weight.set(0, i, w[i]);
+  std::vector<float> y = {10, 20, 30, 40};
+  const MatmulGroup group = {x.data(), 3, 2, weight.w, y.data(), 2};
+  run_as("ref", 1, {{&group, 1}, Compute::kF32});
+  EXPECT_EQ(y, (std::vector<float>{-2, 3, -2, 7.5}));
+  run_as("ref", 1, {{&group, 1}, Compute::kF32, true});
+  EXPECT_EQ(y, (std::vector<float>{-4, 6, -4, 15}));
+}
+
+TEST(Matmul, ForcingAnUnknownImplementationSaysWhichThereAre) {
+  const MatmulArgs args;
+  try {
+    run_as("fastest", 1, args);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("ref"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Matmul, CostCountsEveryOperandOnce) {
+  Weight w;
+  w.dtype = DType::kBF16;
+  w.rows = 3;
+  w.cols = 5;
+  const MatmulGroup group = {nullptr, 5, 2, w, nullptr, 3};
+  const Cost cost = matmul_cost({{&group, 1}});
+  EXPECT_EQ(cost.flops, 2 * 2 * 3 * 5);
+  EXPECT_EQ(cost.bytes, 4 * 2 * 5 + 2 * 3 * 5 + 4 * 2 * 3);
+}
+
+}  // namespace
+}  // namespace indexcache

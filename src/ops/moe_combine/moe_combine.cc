@@ -1,0 +1,23 @@
+#include "ops/moe_combine/moe_combine.h"
+
+#include "ops/kit/rows.h"
+
+namespace indexcache {
+
+namespace {
+
+INDEXCACHE_ROWS_TABLE(kTable, MoeCombineArgs, moe_combine);
+
+Cost moe_combine_cost(const MoeCombineArgs& args) {
+  const double n = static_cast<double>(args.num_rows * args.row_elements);
+  const double slots = static_cast<double>(args.num_slots);
+  return {2 * slots * n, 4 * n * (slots + 2)};
+}
+
+}  // namespace
+
+void moe_combine(Exec& exec, const MoeCombineArgs& args) {
+  run_op(exec, "moe_combine", kTable, args, moe_combine_cost(args));
+}
+
+}  // namespace indexcache

@@ -1,0 +1,59 @@
+// Attention over the selected tokens only, in the absorbed form of MLA: every head shares one
+// latent row per token.
+//
+//   a[t, h, s] = scale * <q[t, h, :], row[s, :]>                              s in selection(t)
+//   out[t, h, :] = sum_s softmax_s(a[t, h, s]) * row[s, 0:value_dim]
+//
+// q is [W_UK^T q_nope, rope(q_pe)] and a row is [normalised latent, rope(k_pe)] (DeepSeek-V2
+// section 2.1.2; the output still has to go through W_UV). row_elements = value_dim +
+// qk_rope_head_dim.
+//
+// Rules. Only the first counts[t] positions of a row of `positions` are read; they are ascending and
+// in [0, position(t)]. Count 0 writes zeros. NaN and infinity in a selected row or in q become NaN in
+// the outputs of that token that they reach, and in no other token.
+// Sizes. 1 to 128 heads; value_dim and row_elements even, row_elements >= value_dim.
+// Types. q and out f32; rows f32 or bf16. With bf16 rows, q and the softmax weights may be rounded to
+// bf16 before their products, and bf16 numbers below 2^-126 taken for 0; sums and the softmax itself
+// are f32.
+//
+// Tolerance against ref (double), to first order. With u = 2^-24, r = 2^-9 for bf16 rows and 0 for
+// f32, A = max_s |scale| sum_i |q_i row_si| of the head, and R = max_s |row_sd|:
+//
+//   |out_d - ref_d| <= R (min(D, 2) + r + (3 count + 32) u),   D = (r + (row_elements + 4) u) A.
+//
+// D bounds the error of a score: q rounded once, row_elements products summed, scaled, and the
+// maximum (at most A as well) subtracted. Softmax of scores off by at most D differs by at most
+// 2 tanh(D / 2) <= min(D, 2) in the sum of absolute differences, so an output by that times R. The
+// weights, which sum to 1, are rounded to bf16 once: r. The rest is f32: exp and its rescaling
+// between blocks (2^-22 each), the sum of the weights, the weighted sum, the division.
+//
+// Determinism. The same arguments give the same bits with any number of threads. How a token's
+// selection is split depends on the number of tokens in the call, so a batch equals its tokens one by
+// one within twice the tolerance.
+// Cost: 2 H (row_elements + value_dim) flops and one row for each selected (query, token) pair.
+#pragma once
+
+#include <span>
+
+#include "ops/kit/exec.h"
+#include "ops/kit/paged.h"
+
+namespace indexcache {
+
+struct SparseMlaArgs {
+  const float* q = nullptr;  // [num_tokens, num_heads, row_elements]
+  int64_t num_heads = 0;
+  int64_t value_dim = 0;  // kv_lora_rank
+  float scale = 0;
+  PagedRows rows;                      // latent KV of the layer
+  std::span<const SeqSpan> seqs;       // cover rows [0, num_tokens) of q in order
+  const int32_t* positions = nullptr;  // [num_tokens, k] ascending
+  const int32_t* counts = nullptr;     // [num_tokens]
+  int64_t k = 0;
+  float* out = nullptr;  // [num_tokens, num_heads, value_dim]
+};
+
+void sparse_mla(Exec& exec, const SparseMlaArgs& args);
+Cost sparse_mla_cost(const SparseMlaArgs& args);
+
+}  // namespace indexcache

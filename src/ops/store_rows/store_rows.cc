@@ -1,0 +1,24 @@
+#include "ops/store_rows/store_rows.h"
+
+#include "ops/kit/rows.h"
+
+namespace indexcache {
+
+namespace {
+
+INDEXCACHE_ROWS_TABLE(kTable, StoreRowsArgs, store_rows);
+
+Cost store_rows_cost(const StoreRowsArgs& args) {
+  const double n = static_cast<double>(args.num_rows * args.rows.row_elements);
+  return {0, n * (4 + dtype_bytes(args.rows.dtype))};
+}
+
+}  // namespace
+
+void store_rows(Exec& exec, const StoreRowsArgs& args) {
+  CHECK(args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kBF16);
+  CHECK_GE(args.ldx, args.rows.row_elements);
+  run_op(exec, "store_rows", kTable, args, store_rows_cost(args));
+}
+
+}  // namespace indexcache

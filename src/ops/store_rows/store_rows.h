@@ -1,0 +1,31 @@
+// Writes new rows into a paged cache, in the cache's type.
+//
+//   cache row of position first_position + i  =  x[token_begin + i, :]      for every span of
+//   `seqs`
+//
+// bf16 rounds to nearest, ties to even (NaN stays NaN). Pages of distinct sequences are distinct,
+// and so are positions: rows are independent. Exact parity with ref. Cost: one row read and one
+// written for each token.
+#pragma once
+
+#include "ops/kit/exec.h"
+#include "ops/kit/isa.h"
+#include "ops/kit/paged.h"
+
+namespace indexcache {
+
+struct StoreRowsArgs {
+  const float* x = nullptr;  // [num_rows, rows.row_elements], row stride ldx
+  int64_t ldx = 0;
+  int64_t num_rows = 0;
+  std::span<const SeqSpan> seqs;  // cover rows [0, num_rows) in order
+  PagedRows rows;
+};
+
+void store_rows(Exec& exec, const StoreRowsArgs& args);
+
+void store_rows_ref_rows(const StoreRowsArgs& args, int64_t begin, int64_t end);
+INDEXCACHE_DECLARE_FOR_ISAS(void store_rows_rows(const StoreRowsArgs& args, int64_t begin,
+                                                 int64_t end))
+
+}  // namespace indexcache

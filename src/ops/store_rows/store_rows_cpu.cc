@@ -1,0 +1,35 @@
+#include "ops/kit/vec.h"
+#include "ops/store_rows/store_rows.h"
+
+namespace indexcache::INDEXCACHE_ISA {
+
+void store_rows_rows(const StoreRowsArgs& args, int64_t begin, int64_t end) {
+  if (args.rows.dtype == DType::kF32) {
+    store_rows_ref_rows(args, begin, end);
+    return;
+  }
+  const int64_t n = args.rows.row_elements, whole = n - n % kLanes;
+  for (size_t s = 0; s < args.seqs.size(); ++s) {
+    const SeqSpan seq = args.seqs.data()[s];
+    int64_t from = seq.token_begin, to = seq.token_begin + seq.num_tokens;
+    if (from < begin) from = begin;
+    if (to > end) to = end;
+    for (int64_t t = from; t < to; ++t) {
+      const int64_t position = seq.first_position + t - seq.token_begin;
+      uint16_t* row =
+          reinterpret_cast<uint16_t*>(args.rows.base +
+                                      seq.pages[position / kPageTokens] * args.rows.page_bytes) +
+          position % kPageTokens * n;
+      const float* x = args.x + t * args.ldx;
+      for (int64_t i = 0; i < whole; i += kLanes) vec_store_bf16(row + i, vec_load(x + i));
+      if (whole == n) continue;
+      float tail[kLanes] = {};
+      uint16_t bits[kLanes];
+      for (int64_t i = whole; i < n; ++i) tail[i - whole] = x[i];
+      vec_store_bf16(bits, vec_load(tail));
+      for (int64_t i = whole; i < n; ++i) row[i] = bits[i - whole];
+    }
+  }
+}
+
+}  // namespace indexcache::INDEXCACHE_ISA
