@@ -1,4 +1,5 @@
-// The golden cases: checkpoints with what Hugging Face transformers computed from them in float32 on a CPU.
+// The golden cases: checkpoints with what Hugging Face transformers computed from them in float32
+// on a CPU.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,8 +15,8 @@
 
 namespace indexcache {
 
-inline const std::vector<std::string> kGoldenCases = {"glm-dsa-full", "glm-dsa-shared", "glm-dsa-pattern",
-                                                      "deepseek-v32-yarn", "glm-dsa-fp8"};
+inline const std::vector<std::string> kGoldenCases = {
+    "glm-dsa-full", "glm-dsa-shared", "glm-dsa-pattern", "deepseek-v32-yarn", "glm-dsa-fp8"};
 
 // The folder of a case, or "" where it is not on this machine.
 inline std::string golden_folder(const std::string& name) {
@@ -24,7 +25,8 @@ inline std::string golden_folder(const std::string& name) {
   roots.push_back(INDEXCACHE_SOURCE_DIR "/../shared/golden");
   roots.push_back(INDEXCACHE_SOURCE_DIR "/tests/golden");
   for (const std::string& root : roots) {
-    if (std::filesystem::exists(root + "/" + name + "/expected.safetensors")) return root + "/" + name;
+    if (std::filesystem::exists(root + "/" + name + "/expected.safetensors"))
+      return root + "/" + name;
   }
   return "";
 }
@@ -44,7 +46,8 @@ struct Golden {
   std::vector<int32_t> integers(const std::string& name) const {
     const TensorView& view = tensor(name);
     std::vector<int32_t> values(static_cast<size_t>(num_elements(view.shape)));
-    std::copy_n(view.data, values.size() * sizeof(int32_t), reinterpret_cast<uint8_t*>(values.data()));
+    std::copy_n(view.data, values.size() * sizeof(int32_t),
+                reinterpret_cast<uint8_t*>(values.data()));
     return values;
   }
   std::vector<float> floats(const std::string& name) const { return to_f32(tensor(name)); }
@@ -64,9 +67,9 @@ inline double relative_error(std::span<const float> a, std::span<const float> b)
 
 // Everything one run over a prompt shows.
 struct Trace {
-  std::vector<float> logits;                              // [S, V]
-  std::vector<std::vector<float>> hidden;                 // each [S, H]
-  std::map<int, std::vector<int32_t>> positions;          // of full layers, [S, index_topk] ascending
+  std::vector<float> logits;                      // [S, V]
+  std::vector<std::vector<float>> hidden;         // each [S, H]
+  std::map<int, std::vector<int32_t>> positions;  // of full layers, [S, index_topk] ascending
 };
 
 inline Trace run_traced(Engine& engine, SequenceCache& sequence, std::span<const int32_t> tokens) {

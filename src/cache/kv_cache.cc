@@ -26,12 +26,14 @@ KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
   CHECK_GE(shape.num_pages, 0);
   CHECK_LE(shape.num_pages, INT32_MAX);
   for (const bool full : shape.layer_is_full) {
-    latent_.emplace_back(static_cast<size_t>(shape.num_pages * page_bytes(shape, shape.latent_elements)));
-    indexer_keys_.emplace_back(
-        static_cast<size_t>(full ? shape.num_pages * page_bytes(shape, shape.indexer_elements) : 0));
+    latent_.emplace_back(
+        static_cast<size_t>(shape.num_pages * page_bytes(shape, shape.latent_elements)));
+    indexer_keys_.emplace_back(static_cast<size_t>(
+        full ? shape.num_pages * page_bytes(shape, shape.indexer_elements) : 0));
   }
   // Low pages are given first, so that a fresh cache fills from the front.
-  for (int64_t page = shape.num_pages - 1; page >= 0; --page) free_pages_.push_back(static_cast<int32_t>(page));
+  for (int64_t page = shape.num_pages - 1; page >= 0; --page)
+    free_pages_.push_back(static_cast<int32_t>(page));
 }
 
 PagedRows KvCache::latent(int layer) {
@@ -46,7 +48,8 @@ PagedRows KvCache::indexer_keys(int layer) {
 }
 
 bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
-  const int64_t missing = ceil_div(num_tokens, kPageTokens) - static_cast<int64_t>(sequence.pages.size());
+  const int64_t missing =
+      ceil_div(num_tokens, kPageTokens) - static_cast<int64_t>(sequence.pages.size());
   if (missing > num_free_pages()) return false;
   for (int64_t i = 0; i < missing; ++i) {
     sequence.pages.push_back(free_pages_.back());
@@ -56,7 +59,8 @@ bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
 }
 
 void KvCache::release(SequenceCache& sequence) {
-  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) free_pages_.push_back(*page);
+  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page)
+    free_pages_.push_back(*page);
   sequence = {};
 }
 

@@ -1,10 +1,12 @@
-// What is remembered between steps: the latent KV of every layer and the indexer keys of full layers, in pages of 64
-// tokens (kPageTokens). One page number stands for the same 64 tokens in every layer, so a sequence needs one page table.
+// What is remembered between steps: the latent KV of every layer and the indexer keys of full
+// layers, in pages of 64 tokens (kPageTokens). One page number stands for the same 64 tokens in
+// every layer, so a sequence needs one page table.
 //
-// Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction and taken from the
-// system only as pages are first written.
+// Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction
+// and taken from the system only as pages are first written.
 //
-// Bytes a token: num_layers * latent_elements + num_full * indexer_elements, times the element size.
+// Bytes a token: num_layers * latent_elements + num_full * indexer_elements, times the element
+// size.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +18,10 @@
 namespace indexcache {
 
 struct KvCacheShape {
-  std::vector<bool> layer_is_full;   // one a layer
-  int64_t latent_elements = 0;       // kv_lora_rank + qk_rope_head_dim
-  int64_t indexer_elements = 0;      // index_head_dim
-  DType dtype = DType::kF32;         // kF32 or kBF16
+  std::vector<bool> layer_is_full;  // one a layer
+  int64_t latent_elements = 0;      // kv_lora_rank + qk_rope_head_dim
+  int64_t indexer_elements = 0;     // index_head_dim
+  DType dtype = DType::kF32;        // kF32 or kBF16
   int64_t num_pages = 0;
 };
 
@@ -41,7 +43,8 @@ class KvCache {
   PagedRows latent(int layer);
   PagedRows indexer_keys(int layer);  // of a full layer
 
-  // Gives `sequence` pages for `num_tokens` tokens in all. False, with nothing changed, when too few are free.
+  // Gives `sequence` pages for `num_tokens` tokens in all. False, with nothing changed, when too
+  // few are free.
   bool reserve(SequenceCache& sequence, int64_t num_tokens);
 
   // Takes all pages back.

@@ -11,7 +11,10 @@ namespace indexcache {
 namespace {
 
 KvCacheShape shape_of(int64_t num_pages) {
-  return {.layer_is_full = {true, false, true}, .latent_elements = 12, .indexer_elements = 8, .dtype = DType::kBF16,
+  return {.layer_is_full = {true, false, true},
+          .latent_elements = 12,
+          .indexer_elements = 8,
+          .dtype = DType::kBF16,
           .num_pages = num_pages};
 }
 

@@ -21,100 +21,122 @@ int64_t resolve_context(const ModelConfig& config, int64_t wanted) {
   return wanted;
 }
 
-void check_memory(const MemoryPlan& plan) {
-  // Mapped weights need no memory of their own to start, but without them in memory every token reads the disk.
-  const uint64_t available = available_memory_bytes();
-  if (available == 0 || plan.total() <= available) return;
+// Mapped weights need no memory of their own to start, but without them in memory every token reads
+// the disk.
+void check_memory(const MemoryPlan& plan, bool weights_in_memory) {
+  uint64_t available = available_memory_bytes();
+  if (available == 0) return;
+  if (weights_in_memory) available += plan.weights_bytes;
+  if (plan.total() <= available) return;
   const uint64_t fixed = plan.total() - plan.cache_bytes;
   const int64_t fits =
       fixed >= available ? 0
-                         : static_cast<int64_t>((available - fixed) / static_cast<uint64_t>(plan.cache_bytes_per_token));
-  fail("needs {} (weights {}, copies {}, cache {} for {} tokens, activations {}), found {} available; {}",
-       format_bytes(plan.total()), format_bytes(plan.weights_bytes), format_bytes(plan.owned_bytes),
-       format_bytes(plan.cache_bytes), plan.context, format_bytes(plan.activation_bytes), format_bytes(available),
-       fits > 0 ? fmt::format("the largest context that fits is {} tokens", fits / kPageTokens * kPageTokens)
-                : std::string("no context fits"));
+                         : static_cast<int64_t>((available - fixed) /
+                                                static_cast<uint64_t>(plan.cache_bytes_per_token));
+  fail(
+      "needs {} (weights {}, copies {}, cache {} for {} tokens, activations {}), found {} "
+      "available; {}",
+      format_bytes(plan.total()), format_bytes(plan.weights_bytes), format_bytes(plan.owned_bytes),
+      format_bytes(plan.cache_bytes), plan.context, format_bytes(plan.activation_bytes),
+      format_bytes(available),
+      fits > 0 ? fmt::format("the largest context that fits is {} tokens",
+                             fits / kPageTokens * kPageTokens)
+               : std::string("no context fits"));
 }
 
 }  // namespace
 
-Compute resolve_compute(const Checkpoint& checkpoint, ComputeChoice choice) {
+Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice) {
   if (choice == ComputeChoice::kF32) return Compute::kF32;
   if (choice == ComputeChoice::kBF16) return Compute::kBF16;
-  const TensorView* projection = checkpoint.find("model.layers.0.self_attn.q_a_proj.weight");
-  return projection != nullptr && projection->dtype == DType::kF32 ? Compute::kF32 : Compute::kBF16;
+  for (const TensorSpec& spec : specs) {
+    if (spec.name == "model.layers.0.self_attn.q_a_proj.weight" && spec.dtype == DType::kF32)
+      return Compute::kF32;
+  }
+  return Compute::kBF16;
 }
 
-IndexPlan plan_in_force(const ModelConfig& config, const Checkpoint& checkpoint, const RunOptions& options) {
+IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
+                        const RunOptions& options, const std::string& where) {
   IndexPlan plan = config.index_plan;
   if (!options.plan.empty()) {
-    plan = resolve_plan(options.plan, static_cast<int>(config.num_hidden_layers), config.fingerprint,
-                        options.force_plan ? FingerprintCheck::kForce : FingerprintCheck::kRequire);
+    plan =
+        resolve_plan(options.plan, static_cast<int>(config.num_hidden_layers), config.fingerprint,
+                     options.force_plan ? FingerprintCheck::kForce : FingerprintCheck::kRequire);
   }
-  check_indexer_weights(plan, layers_with_indexer(checkpoint, config), printable(checkpoint.path));
+  check_indexer_weights(plan, layer_has_indexer, printable(where));
   return plan;
 }
 
-MemoryPlan plan_memory(const ModelConfig& config, const IndexPlan& plan, const Checkpoint& checkpoint, Compute compute,
-                       const RunOptions& options) {
+MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
+                       const IndexPlan& plan, Compute compute, const RunOptions& options) {
   MemoryPlan memory;
   memory.context = resolve_context(config, options.context);
   const int64_t pages = ceil_div(memory.context, kPageTokens);
   memory.cache_bytes_per_token = cache_bytes_per_token(cache_shape(config, plan, compute, pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
-  memory.activation_bytes = activation_bytes(config, std::min(options.batch_tokens, memory.context));
-  memory.weights_bytes = used_weight_bytes(checkpoint, config, plan);
-  memory.owned_bytes = owned_weight_bytes(checkpoint, config, compute);
+  memory.activation_bytes =
+      activation_bytes(config, std::min(options.batch_tokens, memory.context));
+  memory.weights_bytes = used_weight_bytes(specs, config, plan);
+  memory.owned_bytes = owned_weight_bytes(specs, config, compute);
   return memory;
 }
 
 namespace {
 
-Model bind_model(Checkpoint checkpoint, ModelConfig config, const RunOptions& options, MemoryPlan* memory) {
+Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPlan* memory) {
+  if (options.batch_tokens < 1)
+    fail("a batch of {} tokens was asked for, expected at least 1", options.batch_tokens);
+  const std::vector<TensorSpec> specs = list_tensors(source.checkpoint);
   Model model;
-  model.plan = plan_in_force(config, checkpoint, options);
-  model.compute = resolve_compute(checkpoint, options.compute);
-  *memory = plan_memory(config, model.plan, checkpoint, model.compute, options);
-  check_memory(*memory);
-  model.config = std::move(config);
-  model.checkpoint = std::move(checkpoint);
-  model.weights = bind_weights(model.checkpoint, model.config, model.plan, model.compute);
-  if (options.check_tensors) check_finite(model.checkpoint);
+  model.config = source.config;
+  model.plan = plan_in_force(model.config, layers_with_indexer(specs, model.config), options,
+                             source.checkpoint.path);
+  model.compute = resolve_compute(specs, options.compute);
+  *memory = plan_memory(model.config, specs, model.plan, model.compute, options);
+  check_memory(*memory, source.in_memory);
+  if (options.check_tensors) check_finite(source.checkpoint);
+  model.weights = bind_weights(source.checkpoint, model.config, model.plan, model.compute);
   return model;
 }
 
 }  // namespace
 
-Engine::Engine(Checkpoint checkpoint, ModelConfig config, const RunOptions& options_in)
-    : model(bind_model(std::move(checkpoint), std::move(config), options_in, &memory)),
-      options(options_in),
-      exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus()),
-      cache(cache_shape(model.config, model.plan, model.compute, ceil_div(memory.context, kPageTokens))),
-      activations(model.config, std::min(options.batch_tokens, memory.context)) {
-  exec.forced = options.forced_ops;
+ModelSource open_model(const std::string& path) {
+  return {load_config(path), Checkpoint::open(path)};
 }
 
-std::unique_ptr<Engine> load_engine(const std::string& path, const RunOptions& options) {
-  ModelConfig config = load_config(path);
-  return std::make_unique<Engine>(Checkpoint::open(path), std::move(config), options);
+Engine::Engine(const ModelSource& source, const RunOptions& options_in)
+    : model(bind_model(source, options_in, &memory)),
+      options(options_in),
+      exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus()),
+      cache(cache_shape(model.config, model.plan, model.compute,
+                        ceil_div(memory.context, kPageTokens))),
+      activations(model.config, std::min(options.batch_tokens, memory.context)) {
+  exec.forced = options.forced_ops;
 }
 
 int64_t prefill(Engine& engine, SequenceCache& sequence, std::span<const int32_t> tokens,
                 std::vector<float>* last_logits, const PrefillHooks& hooks) {
   const int64_t total = static_cast<int64_t>(tokens.size()), vocab = engine.model.config.vocab_size;
-  if (sequence.num_tokens + total > engine.memory.context || !engine.cache.reserve(sequence, sequence.num_tokens + total)) {
-    fail("the input has {} tokens after {} in the context, which holds {}; a larger -c/--ctx makes room", total,
-         sequence.num_tokens, engine.memory.context);
+  if (sequence.num_tokens + total > engine.memory.context ||
+      !engine.cache.reserve(sequence, sequence.num_tokens + total)) {
+    fail(
+        "the input has {} tokens after {} in the context, which holds {}; a larger -c/--ctx makes "
+        "room",
+        total, sequence.num_tokens, engine.memory.context);
   }
   std::vector<float> rows;
   int64_t done = 0;
   while (done < total && !(hooks.stop != nullptr && *hooks.stop)) {
     const int64_t count = std::min(total - done, engine.activations.max_tokens);
     const bool last = done + count == total;
-    BatchSequence batch{&sequence, tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(count)),
+    BatchSequence batch{&sequence,
+                        tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(count)),
                         hooks.chunk_logits ? count : (last ? 1 : 0)};
     rows.resize(static_cast<size_t>(batch.num_logits * vocab));
-    forward(engine.exec, engine.model, engine.cache, engine.activations, {&batch, 1}, rows.data(), hooks.tap, hooks.times);
+    forward(engine.exec, engine.model, engine.cache, engine.activations, {&batch, 1}, rows.data(),
+            hooks.tap, hooks.times);
     if (hooks.chunk_logits) hooks.chunk_logits(done, rows);
     done += count;
     if (last && last_logits != nullptr) last_logits->assign(rows.end() - vocab, rows.end());
@@ -148,7 +170,8 @@ GenerateResult generate(Engine& engine, SequenceCache& sequence, std::span<const
       break;
     }
     const int32_t token = sampler.next(logits);
-    if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) != options.stop_tokens.end()) {
+    if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) !=
+        options.stop_tokens.end()) {
       result.finish = GenerateResult::Finish::kStopToken;
       break;
     }

@@ -1,13 +1,12 @@
 // One model ready to run: weights, cache, threads and activations, and generation for one sequence.
 //
-// What is needed is planned before anything is loaded: too little memory is an Error that names the largest context that
-// fits.
+// What is needed is planned before anything is loaded: too little memory is an Error that names the
+// largest context that fits.
 #pragma once
 
 #include <atomic>
 #include <functional>
-#include <memory>
-#include <optional>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -20,29 +19,41 @@ namespace indexcache {
 enum class ComputeChoice { kAuto, kF32, kBF16 };
 
 struct RunOptions {
-  int num_threads = 0;          // 0: all CPUs this process may use
-  int64_t context = 0;          // tokens the cache must hold; 0: max_position_embeddings, at most 4096
-  int64_t batch_tokens = 512;   // tokens of one forward pass of a prefill
-  std::string plan;             // override; empty: what the checkpoint says
-  bool force_plan = false;      // accept a plan file of another model
+  int num_threads = 0;  // 0: all CPUs this process may use
+  int64_t context = 0;  // tokens the cache must hold; 0: max_position_embeddings, at most 4096
+  int64_t batch_tokens = 512;                    // tokens of one forward pass of a prefill
+  std::string plan;                              // override; empty: what the checkpoint says
+  bool force_plan = false;                       // accept a plan file of another model
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
-  bool check_tensors = false;   // refuse a checkpoint with NaN or infinity
+  bool check_tensors = false;                    // refuse a checkpoint with NaN or infinity
   std::map<std::string, std::string> forced_ops;
 };
 
 // Bytes by purpose, known before any weight is read.
 struct MemoryPlan {
-  uint64_t weights_bytes = 0;      // tensors in use, mapped from the files
-  uint64_t owned_bytes = 0;        // transposed and dequantised copies
-  uint64_t cache_bytes = 0;        // at `context` tokens
-  uint64_t activation_bytes = 0;   // at `batch_tokens`
+  uint64_t weights_bytes = 0;     // tensors in use, mapped from the files
+  uint64_t owned_bytes = 0;       // transposed and dequantised copies
+  uint64_t cache_bytes = 0;       // at `context` tokens
+  uint64_t activation_bytes = 0;  // at `batch_tokens`
   int64_t cache_bytes_per_token = 0;
   int64_t context = 0;
   uint64_t total() const { return weights_bytes + owned_bytes + cache_bytes + activation_bytes; }
 };
 
+// Config and tensors, from a folder in the hub's layout or made in memory. Several engines, each
+// with its own plan, may run on one.
+struct ModelSource {
+  ModelConfig config;
+  Checkpoint checkpoint;
+  bool in_memory =
+      false;  // weights made in memory already have their place; mapped ones still need it
+};
+
+ModelSource open_model(const std::string& path);
+
 struct Engine {
-  Engine(Checkpoint checkpoint, ModelConfig config, const RunOptions& options);
+  Engine(const ModelSource& source,
+         const RunOptions& options);  // the source must outlive the engine
 
   MemoryPlan memory;  // first: planned before the model is bound
   Model model;
@@ -52,35 +63,35 @@ struct Engine {
   Activations activations;
 };
 
-// From a folder in the hub's layout.
-std::unique_ptr<Engine> load_engine(const std::string& path, const RunOptions& options);
+// The plan in force for `options.plan`; checked against the config and against the layers that have
+// an indexer.
+IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
+                        const RunOptions& options, const std::string& where);
+Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
+MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
+                       const IndexPlan& plan, Compute compute, const RunOptions& options);
 
-// The plan in force for `options.plan`; checked against the config and against the indexers that are there.
-IndexPlan plan_in_force(const ModelConfig& config, const Checkpoint& checkpoint, const RunOptions& options);
-Compute resolve_compute(const Checkpoint& checkpoint, ComputeChoice choice);
-MemoryPlan plan_memory(const ModelConfig& config, const IndexPlan& plan, const Checkpoint& checkpoint, Compute compute,
-                       const RunOptions& options);
-
-// Runs `tokens` through the model in chunks of at most `options.batch_tokens`, appending to `sequence`. Writes the last
-// token's logits, or all of them when `all_logits` is set. Stops early, between chunks, when `stop` becomes true.
-// Error when the context is full.
+// Runs `tokens` through the model in chunks of at most `options.batch_tokens`, appending to
+// `sequence`. Writes the last token's logits, or all of them when `all_logits` is set. Stops early,
+// between chunks, when `stop` becomes true. Error when the context is full.
 struct PrefillHooks {
   const ForwardTap* tap = nullptr;
   ForwardTimes* times = nullptr;
   const std::atomic<bool>* stop = nullptr;
   std::function<void(int64_t done)> progress;
-  // Called after each chunk with its first token's index in `tokens` and the logits of its rows (`all_logits` only).
+  // Called after each chunk with its first token's index in `tokens` and the logits of its rows
+  // (`all_logits` only).
   std::function<void(int64_t first, std::span<const float> logits)> chunk_logits;
 };
 // Returns the number of tokens done.
-int64_t prefill(Engine& engine, SequenceCache& sequence, std::span<const int32_t> tokens, std::vector<float>* last_logits,
-                const PrefillHooks& hooks = {});
+int64_t prefill(Engine& engine, SequenceCache& sequence, std::span<const int32_t> tokens,
+                std::vector<float>* last_logits, const PrefillHooks& hooks = {});
 
 struct GenerateOptions {
   int64_t max_tokens = 128;
   SamplingParams sampling;
-  std::vector<int32_t> stop_tokens;           // generation ends before one of these is given out
-  const std::atomic<bool>* stop = nullptr;    // Ctrl-C
+  std::vector<int32_t> stop_tokens;         // generation ends before one of these is given out
+  const std::atomic<bool>* stop = nullptr;  // Ctrl-C
   std::function<void(int32_t token)> on_token;
   std::function<void(int64_t done, int64_t total)> on_prefill;
 };

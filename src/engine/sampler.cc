@@ -33,7 +33,8 @@ int32_t Sampler::next(std::span<const float> logits) {
   int32_t best = -1;
   for (size_t i = 0; i < logits.size(); ++i) {
     if (std::isnan(logits[i])) fail("the model gave NaN as the logit of token {}", i);
-    const bool above = best < 0 ? logits[i] > -INFINITY : logits[i] > logits[static_cast<size_t>(best)];
+    const bool above =
+        best < 0 ? logits[i] > -INFINITY : logits[i] > logits[static_cast<size_t>(best)];
     if (above) best = static_cast<int32_t>(i);
   }
   if (best < 0) fail("the model gave -infinity as the logit of every token");
@@ -45,7 +46,8 @@ int32_t Sampler::next(std::span<const float> logits) {
     if (logits[i] > -INFINITY) candidates_.emplace_back(logits[i], static_cast<int32_t>(i));
   }
   if (params_.top_k > 0 && params_.top_k < static_cast<int64_t>(candidates_.size())) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + params_.top_k - 1, candidates_.end(), better);
+    std::nth_element(candidates_.begin(), candidates_.begin() + params_.top_k - 1,
+                     candidates_.end(), better);
     candidates_.resize(static_cast<size_t>(params_.top_k));
   }
   std::sort(candidates_.begin(), candidates_.end(), better);
@@ -56,10 +58,12 @@ int32_t Sampler::next(std::span<const float> logits) {
     weights.push_back(std::exp((static_cast<double>(logit) - top) / params_.temperature));
     total += weights.back();
   }
-  // The smallest set of best tokens with at least top_p of the mass, then those that min_p lets through.
+  // The smallest set of best tokens with at least top_p of the mass, then those that min_p lets
+  // through.
   double mass = 0;
   size_t keep = 0;
-  while (keep < weights.size() && (keep == 0 || mass < params_.top_p * total)) mass += weights[keep++];
+  while (keep < weights.size() && (keep == 0 || mass < params_.top_p * total))
+    mass += weights[keep++];
   while (keep > 1 && weights[keep - 1] < params_.min_p * weights[0]) mass -= weights[--keep];
 
   double target = rng_.uniform() * mass;

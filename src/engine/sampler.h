@@ -1,5 +1,5 @@
-// The next token from a row of logits: greedy, or temperature with top-k, top-p and min-p, in that order, as llama.cpp and
-// vLLM apply them.
+// The next token from a row of logits: greedy, or temperature with top-k, top-p and min-p, in that
+// order, as llama.cpp and vLLM apply them.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ class Sampler {
  public:
   explicit Sampler(const SamplingParams& params) : params_(params), rng_(params.seed) {}
 
-  // Ties go to the lower token id. -infinity is never chosen. Logits with NaN, or all -infinity, are an Error: there is no
-  // right token, and a random one would hide it.
+  // Ties go to the lower token id. -infinity is never chosen. Logits with NaN, or all -infinity,
+  // are an Error: there is no right token, and a random one would hide it.
   int32_t next(std::span<const float> logits);
 
  private:

@@ -23,19 +23,23 @@ TEST(Sampler, NoRightTokenIsAnError) {
 }
 
 TEST(Sampler, FollowsTheDistribution) {
-  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f), std::log(0.05f)};
+  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f),
+                                     std::log(0.05f)};
   Sampler sampler({.temperature = 1, .seed = 7});
   std::map<int32_t, int> counts;
   const int kDraws = 40000;
   for (int i = 0; i < kDraws; ++i) ++counts[sampler.next(logits)];
   for (int32_t id = 0; id < 4; ++id) {
-    const double p = std::exp(logits[static_cast<size_t>(id)]), sigma = std::sqrt(p * (1 - p) / kDraws);
-    EXPECT_NEAR(counts[id] / static_cast<double>(kDraws), p, 5 * sigma) << "token " << id << ", seed 7";
+    const double p = std::exp(logits[static_cast<size_t>(id)]),
+                 sigma = std::sqrt(p * (1 - p) / kDraws);
+    EXPECT_NEAR(counts[id] / static_cast<double>(kDraws), p, 5 * sigma)
+        << "token " << id << ", seed 7";
   }
 }
 
 TEST(Sampler, CutsTheTail) {
-  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f), std::log(0.05f)};
+  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f),
+                                     std::log(0.05f)};
   auto seen = [&](SamplingParams params) {
     params.temperature = 1;
     params.seed = 11;
@@ -55,7 +59,8 @@ TEST(Sampler, CutsTheTail) {
 TEST(Sampler, SameSeedSameTokens) {
   std::vector<float> logits(100);
   for (size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>((i * 37) % 11);
-  Sampler a({.temperature = 0.8, .seed = 3}), b({.temperature = 0.8, .seed = 3}), c({.temperature = 0.8, .seed = 4});
+  Sampler a({.temperature = 0.8, .seed = 3}), b({.temperature = 0.8, .seed = 3}),
+      c({.temperature = 0.8, .seed = 4});
   int differ = 0;
   for (int i = 0; i < 200; ++i) {
     const int32_t token = a.next(logits);
@@ -66,9 +71,10 @@ TEST(Sampler, SameSeedSameTokens) {
 }
 
 TEST(Sampler, ParamsAreChecked) {
-  for (const SamplingParams& bad : {SamplingParams{.temperature = -1}, SamplingParams{.temperature = NAN},
-                                    SamplingParams{.top_k = -1}, SamplingParams{.top_p = 0},
-                                    SamplingParams{.top_p = 1.1}, SamplingParams{.min_p = -0.1}}) {
+  for (const SamplingParams& bad :
+       {SamplingParams{.temperature = -1}, SamplingParams{.temperature = NAN},
+        SamplingParams{.top_k = -1}, SamplingParams{.top_p = 0}, SamplingParams{.top_p = 1.1},
+        SamplingParams{.min_p = -0.1}}) {
     EXPECT_THROW(check_sampling_params(bad), Error);
   }
   check_sampling_params({.temperature = 1, .top_k = 40, .top_p = 0.95, .min_p = 0.05});

@@ -26,7 +26,8 @@ uint64_t carve(const ModelConfig& config, int64_t T, uint8_t* base, Activations*
   const int64_t heads = attn.num_attention_heads, row = attn.kv_lora_rank + attn.qk_rope_head_dim;
   const int64_t slots = T * moe.num_experts_per_tok;
   const int64_t shared_width = moe.moe_intermediate_size * moe.n_shared_experts;
-  const int64_t mlp = std::max({T * config.intermediate_size, slots * moe.moe_intermediate_size, T * shared_width});
+  const int64_t mlp =
+      std::max({T * config.intermediate_size, slots * moe.moe_intermediate_size, T * shared_width});
 
   Carver c{base};
   c.take(&a->x, T * config.hidden_size);
@@ -55,7 +56,8 @@ uint64_t carve(const ModelConfig& config, int64_t T, uint8_t* base, Activations*
 
 }  // namespace
 
-Activations::Activations(const ModelConfig& config, int64_t max_tokens_in) : max_tokens(max_tokens_in) {
+Activations::Activations(const ModelConfig& config, int64_t max_tokens_in)
+    : max_tokens(max_tokens_in) {
   memory = HostMemory(carve(config, max_tokens, nullptr, this));
   carve(config, max_tokens, memory.data(), this);
 }

@@ -1,7 +1,9 @@
-// The forward pass of a DSA model under an index plan: prefill in chunks and decode are the same code over a ragged batch.
+// The forward pass of a DSA model under an index plan: prefill in chunks and decode are the same
+// code over a ragged batch.
 //
-// Each sequence of the batch brings new tokens that continue what its cache holds. Shapes use T = tokens of the batch.
-// Scores of the indexer are never stored: memory is O(T), whatever the context.
+// Each sequence of the batch brings new tokens that continue what its cache holds. Shapes use T =
+// tokens of the batch. Scores of the indexer are never stored: memory is O(T), whatever the
+// context.
 #pragma once
 
 #include <functional>
@@ -15,38 +17,42 @@
 
 namespace indexcache {
 
-// A loaded model. The views in `weights` point into `checkpoint`.
+// A model bound to an index plan. The views in `weights` point into a checkpoint that outlives it.
 struct Model {
   ModelConfig config;
   IndexPlan plan;
   Compute compute = Compute::kF32;
-  Checkpoint checkpoint;
   Weights weights;
 };
 
 // The cache type that goes with a compute type.
 DType cache_dtype(Compute compute);
-KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute, int64_t num_pages);
+KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute,
+                         int64_t num_pages);
 
 struct BatchSequence {
-  SequenceCache* cache = nullptr;    // with pages reserved for its tokens and the new ones
-  std::span<const int32_t> tokens;   // the new ones, at least 1
-  int64_t num_logits = 1;            // how many of the last new tokens want logits
+  SequenceCache* cache = nullptr;   // with pages reserved for its tokens and the new ones
+  std::span<const int32_t> tokens;  // the new ones, at least 1
+  int64_t num_logits = 1;           // how many of the last new tokens want logits
 };
 
-// The positions that every query attends to: the rows of `positions` are ascending, padded with -1 up to index_topk.
+// The positions that every query attends to: the rows of `positions` are ascending, padded with -1
+// up to index_topk.
 struct Selection {
   std::span<int32_t> positions;  // [T, index_topk]
   std::span<int32_t> counts;     // [T]
 };
 
-// Where a caller may look in. `selection` may also change what the layer, and those that share it, attend to.
+// Where a caller may look in. `selection` may also change what the layer, and those that share it,
+// attend to.
 struct ForwardTap {
-  std::function<void(int index, std::span<const float> hidden)> hidden;  // [T, H]; 0 embedding ... last after the norm
-  std::function<void(int layer, Selection selection)> selection;         // of each full layer
+  std::function<void(int index, std::span<const float> hidden)>
+      hidden;  // [T, H]; 0 embedding ... last after the norm
+  std::function<void(int layer, Selection selection)> selection;  // of each full layer
 };
 
-// Seconds by part. indexer: projections, norm, rope, key write, scoring and selection of full layers.
+// Seconds by part. indexer: projections, norm, rope, key write, scoring and selection of full
+// layers.
 struct ForwardTimes {
   double indexer = 0, attention = 0, ffn = 0, head = 0;
   std::vector<double> layer_seconds;  // one a layer
@@ -72,10 +78,10 @@ struct Activations {
   float* index_weights;  // [T, index_n_heads]
   int32_t* positions;    // [T, index_topk]
   int32_t* counts;       // [T]
-  float* gate;           // [rows, intermediate], rows = T, or T * num_experts_per_tok of an expert's width
-  float* up;             // the same
-  float* router_logits;  // [T, n_routed_experts]
-  int32_t* experts;      // [T, num_experts_per_tok]
+  float* gate;  // [rows, intermediate], rows = T, or T * num_experts_per_tok of an expert's width
+  float* up;    // the same
+  float* router_logits;   // [T, n_routed_experts]
+  int32_t* experts;       // [T, num_experts_per_tok]
   float* expert_weights;  // [T, num_experts_per_tok]
   int32_t* slots;         // [T, num_experts_per_tok] row of the grouped expert rows
   int32_t* slot_tokens;   // [T * num_experts_per_tok] the inverse: which token
@@ -87,9 +93,11 @@ struct Activations {
 
 uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens);
 
-// Runs the batch, appends its tokens to the caches, and writes the wanted rows of logits, [sum of num_logits, vocab_size],
-// in batch order. Token ids must be in [0, vocab_size): an Error otherwise. `tap` and `times` may be null.
-void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activations, std::span<BatchSequence> batch,
-             float* logits, const ForwardTap* tap = nullptr, ForwardTimes* times = nullptr);
+// Runs the batch, appends its tokens to the caches, and writes the wanted rows of logits, [sum of
+// num_logits, vocab_size], in batch order. Token ids must be in [0, vocab_size): an Error
+// otherwise. `tap` and `times` may be null.
+void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activations,
+             std::span<BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
+             ForwardTimes* times = nullptr);
 
 }  // namespace indexcache

@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <unordered_set>
 
 #include "base/log.h"
 #include "checkpoint/binder.h"
@@ -16,17 +17,21 @@ const std::vector<DType> kNormTypes = {DType::kF32, DType::kF16, DType::kBF16};
 std::string layer_prefix(int64_t layer) { return fmt::format("model.layers.{}.", layer); }
 
 // Prefixes of tensors that the model does not use, with the reason.
-std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConfig& config, const IndexPlan& plan) {
+std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConfig& config,
+                                                                 const IndexPlan& plan) {
   std::vector<std::pair<std::string, std::string>> prefixes;
   for (int64_t i = 0; i < std::max<int64_t>(config.num_nextn_predict_layers, 1); ++i) {
-    prefixes.emplace_back(layer_prefix(config.num_hidden_layers + i), "MTP layers, which are not run");
+    prefixes.emplace_back(layer_prefix(config.num_hidden_layers + i),
+                          "MTP layers, which are not run");
   }
   for (int layer = 0; layer < plan.num_layers(); ++layer) {
     if (!plan.is_full(layer)) {
-      prefixes.emplace_back(layer_prefix(layer) + "self_attn.indexer.", "indexers of shared layers");
+      prefixes.emplace_back(layer_prefix(layer) + "self_attn.indexer.",
+                            "indexers of shared layers");
     }
   }
-  if (config.tie_word_embeddings) prefixes.emplace_back("lm_head.", "the head, which is tied to the embedding");
+  if (config.tie_word_embeddings)
+    prefixes.emplace_back("lm_head.", "the head, which is tied to the embedding");
   return prefixes;
 }
 
@@ -56,13 +61,15 @@ struct Loader {
   void moe(MoeWeights* weights, const std::string& prefix) {
     const MoeConfig& moe = config.moe;
     matrix(&weights->gate, prefix + "gate.weight", moe.n_routed_experts, config.hidden_size);
-    vector(&weights->e_score_correction_bias, prefix + "gate.e_score_correction_bias", moe.n_routed_experts);
+    vector(&weights->e_score_correction_bias, prefix + "gate.e_score_correction_bias",
+           moe.n_routed_experts);
     weights->experts.resize(static_cast<size_t>(moe.n_routed_experts));
     for (size_t e = 0; e < weights->experts.size(); ++e) {
       mlp(&weights->experts[e], fmt::format("{}experts.{}.", prefix, e), moe.moe_intermediate_size);
     }
     if (moe.n_shared_experts > 0) {
-      mlp(&weights->shared_experts, prefix + "shared_experts.", moe.n_shared_experts * moe.moe_intermediate_size);
+      mlp(&weights->shared_experts, prefix + "shared_experts.",
+          moe.n_shared_experts * moe.moe_intermediate_size);
     }
   }
 
@@ -71,7 +78,8 @@ struct Loader {
     matrix(&weights->wq_b, prefix + "wq_b.weight", indexer.index_n_heads * indexer.index_head_dim,
            config.attention.q_lora_rank);
     matrix(&weights->wk, prefix + "wk.weight", indexer.index_head_dim, config.hidden_size);
-    matrix(&weights->weights_proj, prefix + "weights_proj.weight", indexer.index_n_heads, config.hidden_size);
+    matrix(&weights->weights_proj, prefix + "weights_proj.weight", indexer.index_n_heads,
+           config.hidden_size);
     vector(&weights->k_norm_weight, prefix + "k_norm.weight", indexer.index_head_dim);
     vector(&weights->k_norm_bias, prefix + "k_norm.bias", indexer.index_head_dim);
   }
@@ -81,16 +89,19 @@ struct Loader {
     const std::string prefix = layer_prefix(index), self_attn = prefix + "self_attn.";
     const int64_t heads = attn.num_attention_heads;
     vector(&weights->input_layernorm, prefix + "input_layernorm.weight", config.hidden_size);
-    vector(&weights->post_attention_layernorm, prefix + "post_attention_layernorm.weight", config.hidden_size);
+    vector(&weights->post_attention_layernorm, prefix + "post_attention_layernorm.weight",
+           config.hidden_size);
     matrix(&weights->q_a_proj, self_attn + "q_a_proj.weight", attn.q_lora_rank, config.hidden_size);
     vector(&weights->q_a_layernorm, self_attn + "q_a_layernorm.weight", attn.q_lora_rank);
-    matrix(&weights->q_b_proj, self_attn + "q_b_proj.weight", heads * attn.qk_head_dim(), attn.q_lora_rank);
+    matrix(&weights->q_b_proj, self_attn + "q_b_proj.weight", heads * attn.qk_head_dim(),
+           attn.q_lora_rank);
     matrix(&weights->kv_a_proj_with_mqa, self_attn + "kv_a_proj_with_mqa.weight",
            attn.kv_lora_rank + attn.qk_rope_head_dim, config.hidden_size);
     vector(&weights->kv_a_layernorm, self_attn + "kv_a_layernorm.weight", attn.kv_lora_rank);
-    matrix(kv_b_proj, self_attn + "kv_b_proj.weight", heads * (attn.qk_nope_head_dim + attn.v_head_dim),
-           attn.kv_lora_rank);
-    matrix(&weights->o_proj, self_attn + "o_proj.weight", config.hidden_size, heads * attn.v_head_dim);
+    matrix(kv_b_proj, self_attn + "kv_b_proj.weight",
+           heads * (attn.qk_nope_head_dim + attn.v_head_dim), attn.kv_lora_rank);
+    matrix(&weights->o_proj, self_attn + "o_proj.weight", config.hidden_size,
+           heads * attn.v_head_dim);
     if (full) indexer(&weights->indexer, self_attn + "indexer.");
     if (config.is_moe(index)) {
       moe(&weights->moe, prefix + "mlp.");
@@ -111,16 +122,20 @@ struct Loader {
   }
 };
 
-DType owned_dtype(Compute compute) { return compute == Compute::kBF16 ? DType::kBF16 : DType::kF32; }
+DType owned_dtype(Compute compute) {
+  return compute == Compute::kBF16 ? DType::kBF16 : DType::kF32;
+}
 
 float weight_element(const Weight& w, int64_t row, int64_t col) {
   const float value = element_as_f32({w.dtype, {w.rows, w.cols}, w.data}, row * w.cols + col);
   if (w.scale_inv == nullptr) return value;
-  return value * w.scale_inv[row / kScaleBlock * ((w.cols + kScaleBlock - 1) / kScaleBlock) + col / kScaleBlock];
+  return value * w.scale_inv[row / kScaleBlock * ((w.cols + kScaleBlock - 1) / kScaleBlock) +
+                             col / kScaleBlock];
 }
 
 // A copy of rows [first, first + rows) of `w`, transposed if asked, as `dtype`.
-Weight owned_copy(const Weight& w, int64_t first, int64_t rows, bool transposed, DType dtype, Weights* out) {
+Weight owned_copy(const Weight& w, int64_t first, int64_t rows, bool transposed, DType dtype,
+                  Weights* out) {
   out->owned.emplace_back(dtype, transposed ? Shape{w.cols, rows} : Shape{rows, w.cols});
   Tensor& tensor = out->owned.back();
   for (int64_t r = 0; r < rows; ++r) {
@@ -137,7 +152,8 @@ Weight owned_copy(const Weight& w, int64_t first, int64_t rows, bool transposed,
   return {dtype, tensor.shape[0], tensor.shape[1], tensor.memory.data(), nullptr};
 }
 
-void split_kv_b(const Weight& kv_b, const AttentionConfig& attn, Compute compute, LayerWeights* layer, Weights* out) {
+void split_kv_b(const Weight& kv_b, const AttentionConfig& attn, Compute compute,
+                LayerWeights* layer, Weights* out) {
   const int64_t nope = attn.qk_nope_head_dim, v = attn.v_head_dim;
   for (int64_t h = 0; h < attn.num_attention_heads; ++h) {
     const int64_t first = h * (nope + v);
@@ -153,13 +169,16 @@ void split_kv_b(const Weight& kv_b, const AttentionConfig& attn, Compute compute
 
 }  // namespace
 
-Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan, Compute compute) {
+Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
+                     Compute compute) {
   Weights weights;
   Binder binder(checkpoint);
   Loader loader{binder, config, compute, weights, {}, {}};
-  for (const auto& [prefix, reason] : unused_prefixes(config, plan)) binder.ignore_prefix(prefix, reason);
+  for (const auto& [prefix, reason] : unused_prefixes(config, plan))
+    binder.ignore_prefix(prefix, reason);
 
-  loader.matrix(&weights.embed_tokens, "model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+  loader.matrix(&weights.embed_tokens, "model.embed_tokens.weight", config.vocab_size,
+                config.hidden_size);
   loader.vector(&weights.norm, "model.norm.weight", config.hidden_size);
   if (!config.tie_word_embeddings) {
     loader.matrix(&weights.lm_head, "lm_head.weight", config.vocab_size, config.hidden_size);
@@ -167,7 +186,8 @@ Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, co
   weights.layers.resize(static_cast<size_t>(config.num_hidden_layers));
   std::vector<Weight> kv_b_proj(weights.layers.size());
   for (size_t i = 0; i < weights.layers.size(); ++i) {
-    loader.layer(&weights.layers[i], &kv_b_proj[i], static_cast<int>(i), plan.is_full(static_cast<int>(i)));
+    loader.layer(&weights.layers[i], &kv_b_proj[i], static_cast<int>(i),
+                 plan.is_full(static_cast<int>(i)));
   }
   binder.finish();
   if (const std::string ignored = binder.ignored_summary(); !ignored.empty()) info("{}", ignored);
@@ -180,31 +200,48 @@ Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, co
   return weights;
 }
 
-std::vector<bool> layers_with_indexer(const Checkpoint& checkpoint, const ModelConfig& config) {
+std::vector<TensorSpec> list_tensors(const Checkpoint& checkpoint) {
+  std::vector<TensorSpec> specs;
+  for (const auto& [name, view] : checkpoint.tensors())
+    specs.push_back({name, view.dtype, view.shape});
+  return specs;
+}
+
+std::vector<bool> layers_with_indexer(const std::vector<TensorSpec>& specs,
+                                      const ModelConfig& config) {
+  std::unordered_set<std::string_view> names;
+  for (const TensorSpec& spec : specs) names.insert(spec.name);
   std::vector<bool> present;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    present.push_back(checkpoint.find(layer_prefix(layer) + "self_attn.indexer.wq_b.weight") != nullptr);
+    present.push_back(names.contains(layer_prefix(layer) + "self_attn.indexer.wq_b.weight"));
   }
   return present;
 }
 
-uint64_t used_weight_bytes(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan) {
+uint64_t used_weight_bytes(const std::vector<TensorSpec>& specs, const ModelConfig& config,
+                           const IndexPlan& plan) {
   const auto unused = unused_prefixes(config, plan);
   uint64_t bytes = 0;
-  for (const auto& [name, view] : checkpoint.tensors()) {
-    const bool skip = std::any_of(unused.begin(), unused.end(),
-                                  [&name = name](const auto& prefix) { return name.starts_with(prefix.first); });
-    if (!skip) bytes += static_cast<uint64_t>(view.num_bytes());
+  for (const TensorSpec& spec : specs) {
+    const bool skip = std::any_of(unused.begin(), unused.end(), [&](const auto& prefix) {
+      return spec.name.starts_with(prefix.first);
+    });
+    if (!skip) bytes += spec.num_bytes();
   }
   return bytes;
 }
 
-uint64_t owned_weight_bytes(const Checkpoint& checkpoint, const ModelConfig& config, Compute compute) {
+uint64_t owned_weight_bytes(const std::vector<TensorSpec>& specs, const ModelConfig& config,
+                            Compute compute) {
   const AttentionConfig& attn = config.attention;
-  const TensorView* kv_b = checkpoint.find(layer_prefix(0) + "self_attn.kv_b_proj.weight");
-  const bool fp8 = kv_b != nullptr && kv_b->dtype == DType::kF8E4M3;
-  const int64_t rows = attn.num_attention_heads * (attn.qk_nope_head_dim + (fp8 ? attn.v_head_dim : 0));
-  return static_cast<uint64_t>(config.num_hidden_layers * rows * attn.kv_lora_rank * dtype_bytes(owned_dtype(compute)));
+  uint64_t bytes = 0;
+  for (const TensorSpec& spec : specs) {
+    if (!spec.name.ends_with("self_attn.kv_b_proj.weight")) continue;
+    const int64_t v = spec.dtype == DType::kF8E4M3 ? attn.v_head_dim : 0;
+    bytes += static_cast<uint64_t>(attn.num_attention_heads * (attn.qk_nope_head_dim + v) *
+                                   attn.kv_lora_rank * dtype_bytes(owned_dtype(compute)));
+  }
+  return bytes;
 }
 
 }  // namespace indexcache

@@ -1,10 +1,11 @@
-// The weights of a model: views into the checkpoint's mapped files with the shape beside each, and the little that has
-// to be owned (norms as float32, fp8 scales as float32, W_UK transposed).
+// The weights of a model: views into the checkpoint's mapped files with the shape beside each, and
+// the little that has to be owned (norms as float32, fp8 scales as float32, W_UK transposed).
 //
 // W_UV is a view too, unless the checkpoint is fp8: a head's rows then begin inside a scale block.
 //
-// A shared layer owns no indexer weights: its IndexerWeights are absent even where the checkpoint ships them. MTP layers
-// are skipped with a message. Every missing, surplus, wrong-shape or wrong-dtype tensor is listed in one Error.
+// A shared layer owns no indexer weights: its IndexerWeights are absent even where the checkpoint
+// ships them. MTP layers are skipped with a message. Every missing, surplus, wrong-shape or
+// wrong-dtype tensor is listed in one Error.
 #pragma once
 
 #include <deque>
@@ -12,15 +13,16 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/safetensors_writer.h"
 #include "model/config.h"
 #include "ops/matmul/matmul.h"
 
 namespace indexcache {
 
 struct IndexerWeights {
-  Weight wq_b;                              // [index_n_heads * index_head_dim, q_lora_rank]
-  Weight wk;                                // [index_head_dim, hidden_size]
-  Weight weights_proj;                      // [index_n_heads, hidden_size]
+  Weight wq_b;                                    // [index_n_heads * index_head_dim, q_lora_rank]
+  Weight wk;                                      // [index_head_dim, hidden_size]
+  Weight weights_proj;                            // [index_n_heads, hidden_size]
   std::vector<float> k_norm_weight, k_norm_bias;  // [index_head_dim]
 };
 
@@ -30,27 +32,27 @@ struct MlpWeights {
 };
 
 struct MoeWeights {
-  Weight gate;                                // [n_routed_experts, hidden_size]
+  Weight gate;                                 // [n_routed_experts, hidden_size]
   std::vector<float> e_score_correction_bias;  // [n_routed_experts]
   std::vector<MlpWeights> experts;
-  MlpWeights shared_experts;                  // absent when n_shared_experts is 0
+  MlpWeights shared_experts;  // absent when n_shared_experts is 0
 };
 
 struct LayerWeights {
   std::vector<float> input_layernorm, post_attention_layernorm;  // [hidden_size]
   Weight q_a_proj;                                               // [q_lora_rank, hidden_size]
   std::vector<float> q_a_layernorm;                              // [q_lora_rank]
-  Weight q_b_proj;              // [num_attention_heads * (nope + rope), q_lora_rank]
-  Weight kv_a_proj_with_mqa;    // [kv_lora_rank + rope, hidden_size]
+  Weight q_b_proj;                    // [num_attention_heads * (nope + rope), q_lora_rank]
+  Weight kv_a_proj_with_mqa;          // [kv_lora_rank + rope, hidden_size]
   std::vector<float> kv_a_layernorm;  // [kv_lora_rank]
-  // kv_b_proj, [num_attention_heads * (nope + v), kv_lora_rank], cut in two: W_UK is owned and transposed, because the
-  // absorbed form contracts over the nope rows.
-  std::vector<Weight> w_uk_t;   // per head [kv_lora_rank, nope]
-  std::vector<Weight> w_uv;     // per head [v_head_dim, kv_lora_rank]
-  Weight o_proj;                // [hidden_size, num_attention_heads * v]
-  IndexerWeights indexer;       // full layers only
-  MlpWeights mlp;               // dense layers only
-  MoeWeights moe;               // sparse layers only
+  // kv_b_proj, [num_attention_heads * (nope + v), kv_lora_rank], cut in two: W_UK is owned and
+  // transposed, because the absorbed form contracts over the nope rows.
+  std::vector<Weight> w_uk_t;  // per head [kv_lora_rank, nope]
+  std::vector<Weight> w_uv;    // per head [v_head_dim, kv_lora_rank]
+  Weight o_proj;               // [hidden_size, num_attention_heads * v]
+  IndexerWeights indexer;      // full layers only
+  MlpWeights mlp;              // dense layers only
+  MoeWeights moe;              // sparse layers only
 };
 
 struct Weights {
@@ -59,18 +61,26 @@ struct Weights {
   Weight lm_head;           // [vocab_size, hidden_size]; embed_tokens when tied
   std::vector<LayerWeights> layers;
 
-  std::deque<Tensor> owned;               // behind w_uk_t and fp8 w_uv; a deque, because views point into it
+  std::deque<Tensor> owned;  // behind w_uk_t and fp8 w_uv; a deque, because views point into it
   std::deque<std::vector<float>> scales;  // behind Weight::scale_inv
 };
 
 // `plan` is the plan in force. Owned copies are made in `compute`'s type.
-Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan, Compute compute);
+Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
+                     Compute compute);
 
-// Which layers the checkpoint ships an indexer for; what a plan may make full.
-std::vector<bool> layers_with_indexer(const Checkpoint& checkpoint, const ModelConfig& config);
+// What follows from names, types and shapes alone, before any weight is read. A checkpoint's list
+// is list_tensors(); one that is yet to be made has checkpoint_specs().
+std::vector<TensorSpec> list_tensors(const Checkpoint& checkpoint);
+
+// Which layers have an indexer: what a plan may make full.
+std::vector<bool> layers_with_indexer(const std::vector<TensorSpec>& specs,
+                                      const ModelConfig& config);
 
 // Bytes of the tensors that bind_weights would use, and of the copies that it would make.
-uint64_t used_weight_bytes(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan);
-uint64_t owned_weight_bytes(const Checkpoint& checkpoint, const ModelConfig& config, Compute compute);
+uint64_t used_weight_bytes(const std::vector<TensorSpec>& specs, const ModelConfig& config,
+                           const IndexPlan& plan);
+uint64_t owned_weight_bytes(const std::vector<TensorSpec>& specs, const ModelConfig& config,
+                            Compute compute);
 
 }  // namespace indexcache

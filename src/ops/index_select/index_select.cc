@@ -12,8 +12,8 @@
 
 namespace indexcache {
 
-#define INDEXCACHE_DECLARE(isa, feature)     \
-  namespace isa {                            \
+#define INDEXCACHE_DECLARE(isa, feature)       \
+  namespace isa {                              \
   extern const IndexSelectKernel kIndexSelect; \
   }
 INDEXCACHE_FOR_EACH_ISA(INDEXCACHE_DECLARE)
@@ -21,9 +21,10 @@ INDEXCACHE_FOR_EACH_ISA(INDEXCACHE_DECLARE)
 
 namespace {
 
-// Consecutive queries of one sequence that are scored together. When there are fewer blocks than threads can share, the
-// keys of each are cut into slices, and the candidates of the slices merged: the best k of all are among the best k of
-// each slice, so the result is the same however many slices there are.
+// Consecutive queries of one sequence that are scored together. When there are fewer blocks than
+// threads can share, the keys of each are cut into slices, and the candidates of the slices merged:
+// the best k of all are among the best k of each slice, so the result is the same however many
+// slices there are.
 struct Block {
   const SeqSpan* seq;
   int64_t token;  // first row of q
@@ -40,7 +41,8 @@ struct Block {
 constexpr int64_t kMinSliceKeys = 1024;
 constexpr int64_t kTasksPerThread = 4;
 
-// The queries that see more than k tokens, those with the most keys first so that no long task is left to the end.
+// The queries that see more than k tokens, those with the most keys first so that no long task is
+// left to the end.
 std::vector<Block> make_blocks(const IndexSelectArgs& args, int64_t lanes) {
   std::vector<Block> blocks;
   for (const SeqSpan& seq : args.seqs) {
@@ -148,8 +150,8 @@ void run(Exec& exec, const IndexSelectArgs& args) {
   for (const Block& block : blocks) {
     num_bytes = std::max(num_bytes, kKernel->scratch_bytes(task_of(block, 0)));
     if (block.num_slices == 1) continue;
-    num_bytes = std::max(
-        num_bytes, static_cast<size_t>(block.num_slices * k + lanes) * 2 * sizeof(int32_t));
+    num_bytes = std::max(num_bytes,
+                         static_cast<size_t>(block.num_slices * k + lanes) * 2 * sizeof(int32_t));
   }
   for (int thread = 0; thread < exec.pool.num_threads(); ++thread) exec.scratch(thread, num_bytes);
 
@@ -236,7 +238,8 @@ Cost index_select_cost(const IndexSelectArgs& args) {
     pairs += static_cast<double>(end - begin) * static_cast<double>(begin + end + 1) / 2;
     keys += static_cast<double>(end);
   }
-  const double heads = static_cast<double>(args.num_heads), dim = static_cast<double>(args.head_dim);
+  const double heads = static_cast<double>(args.num_heads),
+               dim = static_cast<double>(args.head_dim);
   const double k = static_cast<double>(args.k);
   return {.flops = 2 * heads * dim * pairs,
           .bytes = tokens * (4 * heads * dim + 4 * heads + 4 * k + 4) +

@@ -1,12 +1,14 @@
-// Random queries, keys and weights; pages shuffled. The times include the selection. `best` counters come from the
-// fastest of the iterations, because a shared machine slows some of them; `peak_pct` compares them with what the same
-// threads reach with the instruction alone, all operands in registers.
+// Random queries, keys and weights; pages shuffled. The times include the selection. `best`
+// counters come from the fastest of the iterations, because a shared machine slows some of them;
+// `peak_pct` compares them with what the same threads reach with the instruction alone, all
+// operands in registers.
 #include "ops/index_select/index_select.h"
 
 #include <benchmark/benchmark.h>
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <vector>
 
@@ -59,9 +61,9 @@ __attribute__((target("avx2,fma"))) double fma256_loop() {
 }
 
 double peak_flops(Exec& exec, const std::string& impl, DType keys) {
-  const auto loop = impl == "avx2"                                  ? fma256_loop
+  const auto loop = impl == "avx2"                                 ? fma256_loop
                     : impl == "avx512bf16" && keys == DType::kBF16 ? dot_loop
-                                                                    : fma512_loop;
+                                                                   : fma512_loop;
   double best = 0;
   for (int i = 0; i < 20; ++i) {
     std::vector<double> done(static_cast<size_t>(exec.pool.num_threads()));
@@ -95,8 +97,10 @@ void run(benchmark::State& state, const Shape& shape, const std::string& impl, i
   for (size_t i = 0; i < num_elements; ++i) {
     // A sum of uniform numbers: near enough to normal, and much faster to make.
     const uint64_t bits = rng.next();
-    const float x = static_cast<float>((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF)) /
-                        65536.0f - 1.5f;
+    const float x =
+        static_cast<float>((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF)) /
+            65536.0f -
+        1.5f;
     if (shape.keys == DType::kF32) {
       reinterpret_cast<float*>(pool.data())[i] = x;
     } else {
@@ -137,7 +141,8 @@ const int kRegistered = [] {
   for (const OpImpl<IndexSelectArgs>& impl : index_select_impls()) {
     const std::string name = impl.name;
     if (!impl.supported({}) || name == "ref") continue;
-    for (const auto& [heads, dim, k] : {std::array<int64_t, 3>{32, 128, 2048}, {64, 128, 2048}, {8, 64, 256}}) {
+    for (const auto& [heads, dim, k] :
+         {std::array<int64_t, 3>{32, 128, 2048}, {64, 128, 2048}, {8, 64, 256}}) {
       for (const DType keys : {DType::kBF16, DType::kF32}) {
         for (const int64_t context : {4096, 16384, 65536}) {
           for (const int64_t tokens : {1, 64}) {

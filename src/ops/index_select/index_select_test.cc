@@ -162,11 +162,12 @@ void expect_valid(const Problem& problem, const Selection& got, const std::strin
           scores[p] += weight * std::max(dot, 0.0);
           size += std::abs(weight) * dot_size;
         }
-        tolerance = std::max(tolerance, 2.0 * static_cast<double>(args.head_dim + args.num_heads) *
-                                            0x1p-24 * size);
+        tolerance = std::max(
+            tolerance, 2.0 * static_cast<double>(args.head_dim + args.num_heads) * 0x1p-24 * size);
       }
       std::vector<double> sorted = scores;
-      std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<>());
+      std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(),
+                       std::greater<>());
       const double kth = sorted[count - 1];
       std::vector<bool> selected(visible);
       for (int64_t j = 0; j < count; ++j) selected[row[j]] = true;
@@ -228,13 +229,17 @@ TEST_P(IndexSelect, RandomScoresWithinTheGap) {
 TEST_P(IndexSelect, RandomSizes) {
   for (int round = 0; round < 60; ++round) {
     const int64_t heads[] = {1, 2, 3, 8, 15, 16, 20}, dims[] = {2, 6, 30, 32, 34, 64};
-    Sizes sizes{rng_.below(2) ? DType::kF32 : DType::kBF16, heads[rng_.below(7)],
-                dims[rng_.below(6)], 1 + static_cast<int64_t>(rng_.below(80)), {}};
+    Sizes sizes{rng_.below(2) ? DType::kF32 : DType::kBF16,
+                heads[rng_.below(7)],
+                dims[rng_.below(6)],
+                1 + static_cast<int64_t>(rng_.below(80)),
+                {}};
     for (uint64_t i = rng_.below(4) + 1; i > 0; --i) {
       sizes.spans.push_back({rng_.below(300), rng_.below(40)});
     }
     const Problem problem(sizes, Values::kNormal, rng_);
-    expect_valid(problem, run(problem, impl_, 1 + static_cast<int>(rng_.below(4))), describe(sizes));
+    expect_valid(problem, run(problem, impl_, 1 + static_cast<int>(rng_.below(4))),
+                 describe(sizes));
   }
 }
 
@@ -263,7 +268,8 @@ TEST_P(IndexSelect, NanAndInfinityRank) {
       for (int64_t p = 0; p < seq.first_position + seq.num_tokens; ++p) {
         const float specials[] = {kNan, -kNan, kInfinity, -kInfinity};
         if (rng_.below(3) == 0) {
-          problem.set_key(seq, p, static_cast<int64_t>(rng_.below(sizes.dim)), specials[rng_.below(4)]);
+          problem.set_key(seq, p, static_cast<int64_t>(rng_.below(sizes.dim)),
+                          specials[rng_.below(4)]);
         }
       }
     }

@@ -291,37 +291,41 @@ INDEXCACHE_INLINE void tile_of_rows(int64_t num_rows, const float* w, const floa
   }
 }
 
-// sums [rows][m rounded up to lanes] to y [m][rows].
-void store_transposed(const MatmulRowsArgs& args, const float* sums, int64_t sums_stride) {
+// sums [rows][lanes] to num_m rows of y.
+INDEXCACHE_INLINE void store_transposed(const MatmulRowsArgs& args, const float* sums, int64_t sums_stride, int64_t m) {
   const int64_t num_rows = args.row_end - args.row_begin;
-  for (int64_t m = 0; m < args.m; m += kLanes) {
-    const int64_t num_m = args.m - m < kLanes ? args.m - m : kLanes;
-    for (int64_t row = 0; row < num_rows; row += kLanes) {
-      const int64_t count = num_rows - row < kLanes ? num_rows - row : kLanes;
-      Vec v[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        v[r] = r < count ? vec_load(sums + (row + r) * sums_stride + m) : vec_zero();
-      }
-      transpose(v);
-      for (int64_t i = 0; i < num_m; ++i) {
-        float* y = args.y + (m + i) * args.ldy + args.row_begin + row;
+  const int64_t num_m = args.m - m < kLanes ? args.m - m : kLanes;
+  for (int64_t row = 0; row < num_rows; row += kLanes) {
+    const int64_t count = num_rows - row < kLanes ? num_rows - row : kLanes;
+    Vec v[kLanes];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kLanes; ++r) v[r] = vec_load(sums + (r < count ? row + r : row) * sums_stride);
+    transpose(v);
+    float* y = args.y + m * args.ldy + args.row_begin + row;
+    for (int64_t i = 0; i < num_m; ++i, y += args.ldy) {
+      if (count == kLanes) {
+        vec_store(y, args.accumulate ? vec_add(vec_load(y), v[i]) : v[i]);
+      } else {
         store_first(y, args.accumulate ? vec_add(load_first(y, count), v[i]) : v[i], count);
       }
     }
   }
 }
 
+// Rows of sums must not share L1 sets either.
+INDEXCACHE_INLINE int64_t sums_stride_of(int64_t m) { return round_up(m, kLanes) + 16; }
+
 int64_t panel_scratch_bytes(int64_t num_rows, int64_t m) {
   const int64_t rows = round_up(num_rows, kTileRows);
-  return rows * (kTileStride + round_up(m, kLanes)) * static_cast<int64_t>(sizeof(float));
+  return rows * (kTileStride + sums_stride_of(m)) * static_cast<int64_t>(sizeof(float));
 }
 
 void panel_rows(const MatmulRowsArgs& args) {
   const int64_t num_rows = args.row_end - args.row_begin;
   const int64_t num_words = words_of(args.k, args.bf16);
   const int64_t panel_stride = num_words * kLanes;
-  const int64_t sums_stride = round_up(args.m, kLanes);
-  const int64_t num_panels = sums_stride / kLanes;
+  const int64_t sums_stride = sums_stride_of(args.m);
+  const int64_t num_panels = (args.m + kLanes - 1) / kLanes;
   const int64_t scale_stride = (args.k + kScaleBlock - 1) / kScaleBlock;
   auto* const block = reinterpret_cast<float*>(args.scratch);
   float* const sums = block + round_up(num_rows, kTileRows) * kTileStride;
@@ -343,6 +347,7 @@ void panel_rows(const MatmulRowsArgs& args) {
         row_to_words<kType, kWords>(args.w + (row * args.k + element) * kBytes, num_elements, scale,
                                     block + r * kTileStride);
       }
+      const bool last = word + count == num_words;
       for (int64_t panel = 0; panel < num_panels; panel += kTilePanels) {
         const float* x = args.x + panel * panel_stride + word * kLanes;
         for (int64_t r = 0; r < num_rows; r += kTileRows) {
@@ -355,10 +360,12 @@ void panel_rows(const MatmulRowsArgs& args) {
                                     sums_stride);
           }
         }
+        for (int64_t p = panel; last && p < num_panels && p < panel + kTilePanels; ++p) {
+          store_transposed(args, sums + p * kLanes, sums_stride, p * kLanes);
+        }
       }
     }
   });
-  store_transposed(args, sums, sums_stride);
 }
 
 // y[m][row] of kRows rows of w and kM rows of x.
@@ -402,7 +409,7 @@ INDEXCACHE_INLINE void small_tile(const MatmulRowsArgs& args, int64_t row, int64
     for (int r = 0; r < kRows; ++r) {
       const uint8_t* p = w + r * row_bytes + i * kBytes;
       words[r] = load_words<kType, kWords>(p, scale);
-      __builtin_prefetch(p + kRows * row_bytes, 0, 3);
+      __builtin_prefetch(p + kRows * row_bytes, 0, 2);
     }
     add_words(words, x);
   }

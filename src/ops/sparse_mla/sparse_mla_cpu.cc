@@ -1,13 +1,16 @@
-// Both products keep the gathered rows as they lie in the cache.
+// Both products read the gathered rows as they lie in the cache.
 //
-// Scores: the lanes are heads. q is transposed once into a panel [step][heads], where a step is
-// four bytes of a row: one f32 or a pair of bf16. A step of a row is broadcast against the panel,
-// so no key is transposed or copied. Values: the lanes are value dimensions, the weights are
-// broadcast. With bf16 two rows are interleaved in registers so that a pair holds one dimension of
-// two rows; the order of lanes this leaves behind is undone when `out` is written. Blocks of rows
-// are small enough that the second product finds them in the L2 cache; the softmax is computed
-// online from block to block, and the next block is prefetched while the values of this one are
-// added.
+// Scores: the lanes are heads. q is transposed once into panels [step][heads], where a step is four
+// bytes of a row: one f32 or a pair of bf16. A step of a row is broadcast against the panel, so no
+// key is transposed or copied.
+//
+// Values: the lanes are value dimensions and the weights are broadcast. With bf16, two rows are
+// interleaved in registers so that a pair holds one dimension of two rows; the order of lanes that
+// this leaves is undone when `out` is written.
+//
+// Blocks of rows are small enough that the second product finds them in the L2 cache. The softmax
+// runs online from block to block, and the next block is prefetched while the values of this one
+// are added.
 #include "ops/sparse_mla/sparse_mla_cpu.h"
 
 #include "ops/kit/vec.h"
@@ -22,9 +25,11 @@ namespace indexcache::INDEXCACHE_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 128;  // rows
-constexpr int kTileRows =
-    12;  // rows of one score tile: as many pointers as there are registers for
+// 128 rows of a large model (576 bf16) are 144 KiB: beside the panel and the sums they stay in an
+// L2 cache of 1 MiB.
+constexpr int64_t kBlock = 128;
+constexpr int kTileRows = 12;                     // rows of one score tile
+constexpr int kTileSteps = kLanes == 16 ? 4 : 2;  // see score_tile
 constexpr int kTileHeads = kLanes == 16 ? 8 : 4;  // heads of one value tile
 constexpr int64_t kChunk = 2 * kLanes;            // value dimensions of one value tile
 constexpr int64_t kLineBytes = 64;
@@ -56,19 +61,16 @@ INDEXCACHE_INLINE void store_first(float* p, Vec v, int64_t n) {
 #endif
 }
 
-INDEXCACHE_INLINE float four_bytes(const uint8_t* p) {
-  float bits;
+// Four bytes in every lane. As integers, because Zen 4 broadcasts these without a floating-point
+// unit.
+INDEXCACHE_INLINE Vec vec_broadcast(const void* p) {
+  int32_t bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
-  return bits;
-}
-
-// acc + the product of one step: bf16 pairs or f32.
-template <bool kPairs>
-INDEXCACHE_INLINE Vec multiply_step(Vec acc, Vec a, Vec b) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+#else
+  return _mm256_castsi256_ps(_mm256_set1_epi32(bits));
 #endif
-  return vec_fma(a, b, acc);
 }
 
 // The lanes of a score tile: a whole vector of heads, or with AVX-512 half of one for a remainder
@@ -77,31 +79,51 @@ struct Whole {
   using V = Vec;
   static constexpr int kWidth = kLanes;
   INDEXCACHE_INLINE V set(float x) { return vec_set(x); }
+  INDEXCACHE_INLINE V broadcast(const void* p) { return vec_broadcast(p); }
   INDEXCACHE_INLINE V load(const float* p) { return vec_load(p); }
   INDEXCACHE_INLINE void store(float* p, V v) { vec_store(p, v); }
   INDEXCACHE_INLINE V mul(V a, V b) { return vec_mul(a, b); }
-  template <bool kPairs>
-  INDEXCACHE_INLINE V step(V acc, V a, V b) {
-    return multiply_step<kPairs>(acc, a, b);
-  }
+  INDEXCACHE_INLINE V fma(V a, V b, V c) { return vec_fma(a, b, c); }
 };
+
 #if defined(__AVX512F__)
 struct Half {
   using V = __m256;
   static constexpr int kWidth = kLanes / 2;
   INDEXCACHE_INLINE V set(float x) { return _mm256_set1_ps(x); }
+  INDEXCACHE_INLINE V broadcast(const void* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return _mm256_castsi256_ps(_mm256_set1_epi32(bits));
+  }
   INDEXCACHE_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
   INDEXCACHE_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   INDEXCACHE_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-  template <bool kPairs>
-  INDEXCACHE_INLINE V step(V acc, V a, V b) {
-#if defined(__AVX512BF16__)
-    if constexpr (kPairs) return _mm256_dpbf16_ps(acc, (__m256bh)a, (__m256bh)b);
-#endif
-    return _mm256_fmadd_ps(a, b, acc);
-  }
+  INDEXCACHE_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 };
 #endif
+
+// acc + q * (four bytes of a row in every lane), where the broadcast serves one product only. Then
+// it costs nothing as an operand of the instruction, a form that compilers do not find for
+// vdpbf16ps.
+template <class L, bool kPairs>
+INDEXCACHE_INLINE typename L::V step_once(typename L::V acc, typename L::V q, const uint8_t* row) {
+#if defined(__AVX512BF16__)
+  struct FourBytes {
+    uint8_t bytes[4];
+  };
+  if constexpr (kPairs) {
+    const FourBytes* p = reinterpret_cast<const FourBytes*>(row);
+    if constexpr (L::kWidth == 16) {
+      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(q), "m"(*p));
+    } else {
+      asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(q), "m"(*p));
+    }
+    return acc;
+  }
+#endif
+  return L::fma(q, L::broadcast(row), acc);
+}
 
 INDEXCACHE_INLINE void transpose(Vec (&r)[kLanes]) {
   Vec t[kLanes], u[kLanes];
@@ -160,97 +182,81 @@ INDEXCACHE_INLINE Vec load_steps(const float* q, int64_t step, int64_t row_eleme
   return load_first(q + step, row_elements - step);
 }
 
-// Heads [head, head + kGroups * width) of q as [step][kGroups * width].
-template <class L, int kGroups, bool kPairs>
+// Heads [head, head + width) of q as [step][width].
+template <class L, bool kPairs>
 void pack_panel(const SparseMlaSpan& span, int64_t head, int64_t steps, float* panel) {
-  for (int g = 0; g < kGroups; ++g) {
-    const int64_t first = head + g * kLanes;
-    for (int64_t step = 0; step < steps; step += kLanes) {
-      Vec v[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        v[i] = first + i < span.num_heads
-                   ? load_steps<kPairs>(span.q + (first + i) * span.row_elements, step,
-                                        span.row_elements)
-                   : vec_zero();
-      }
-      transpose(v);
-      const int64_t n = min64(kLanes, steps - step);
-      for (int64_t i = 0; i < n; ++i) {
-        store_first(panel + ((step + i) * kGroups + g) * L::kWidth, v[i], L::kWidth);
-      }
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    Vec v[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      v[i] = head + i < span.num_heads ? load_steps<kPairs>(span.q + (head + i) * span.row_elements,
+                                                            step, span.row_elements)
+                                       : vec_zero();
     }
+    transpose(v);
+    const int64_t n = min64(kLanes, steps - step);
+    for (int64_t i = 0; i < n; ++i) store_first(panel + (step + i) * L::kWidth, v[i], L::kWidth);
   }
 }
 
-// scores[group][row][lane] = scale * <q, row>; groups lie kBlock * kLanes apart.
-template <class L, int kRows, int kGroups, bool kPairs>
+// scores[row][lane] = scale * <q, row>
+template <class L, int kRows, bool kPairs>
 void score_tile(const uint8_t* const* rows, const float* panel, int64_t steps, float scale,
                 float* scores) {
   using V = typename L::V;
-  const uint8_t* row[kRows];
-  V acc[kRows][kGroups];
+  V acc[kRows];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) acc[r][g] = L::set(0);
-  }
-#pragma GCC unroll 2
-  for (int64_t byte = 0; byte < 4 * steps; byte += 4) {
-    V q[kGroups];
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) q[g] = L::load(panel + g * L::kWidth);
-    panel += kGroups * L::kWidth;
+  for (int r = 0; r < kRows; ++r) acc[r] = L::set(0);
+  int64_t byte = 0;
+  // Several steps at once, because there are too few registers to keep the addresses of all rows.
+  const auto advance = [&]<int kSteps>() __attribute__((always_inline)) {
+    V q[kSteps];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSteps; ++i) q[i] = L::load(panel + i * L::kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const V x = L::set(four_bytes(row[r] + byte));
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) acc[r][g] = L::template step<kPairs>(acc[r][g], q[g], x);
+      const uint8_t* row = rows[r] + byte;
+#pragma GCC unroll 8
+      for (int i = 0; i < kSteps; ++i) acc[r] = step_once<L, kPairs>(acc[r], q[i], row + 4 * i);
     }
-  }
+    panel += kSteps * L::kWidth;
+    byte += 4 * kSteps;
+  };
+  while (byte + 4 * kTileSteps <= 4 * steps) advance.template operator()<kTileSteps>();
+  while (byte < 4 * steps) advance.template operator()<1>();
   const V scales = L::set(scale);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) {
-      L::store(scores + (g * kBlock + r) * kLanes, L::mul(acc[r][g], scales));
-    }
-  }
+  for (int r = 0; r < kRows; ++r) L::store(scores + r * kLanes, L::mul(acc[r], scales));
 }
 
 // `rows` is readable, and `scores` writable, up to a multiple of 4 rows.
-template <class L, int kGroups, bool kPairs>
+template <class L, bool kPairs>
 void score_block(const uint8_t* const* rows, int64_t num_rows, const float* panel, int64_t steps,
                  float scale, float* scores) {
   int64_t r = 0;
   for (; r + kTileRows <= num_rows; r += kTileRows) {
-    score_tile<L, kTileRows, kGroups, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
+    score_tile<L, kTileRows, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
   }
   for (; r + 8 <= num_rows; r += 8) {
-    score_tile<L, 8, kGroups, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
+    score_tile<L, 8, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
   }
   for (; r < num_rows; r += 4) {
-    score_tile<L, 4, kGroups, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
+    score_tile<L, 4, kPairs>(rows + r, panel, steps, scale, scores + r * kLanes);
   }
 }
 
-// Calls body.operator()<L, kGroups>(head) for the panels of all heads. Panel `head` starts head *
-// steps floats into q's.
+// Calls body.operator()<L>(head) for each group of heads. The panel of `head` starts head * steps
+// floats into Scratch::panel.
 template <class Body>
 INDEXCACHE_INLINE void for_each_panel(int64_t num_heads, const Body& body) {
-  int64_t head = 0;
+  for (int64_t head = 0; head < num_heads; head += kLanes) {
 #if defined(__AVX512F__)
-  for (; num_heads - head > kLanes + kLanes / 2; head += 2 * kLanes) {
-    body.template operator()<Whole, 2>(head);
-  }
-  if (num_heads - head > kLanes / 2) {
-    body.template operator()<Whole, 1>(head);
-    head += kLanes;
-  }
-  if (num_heads > head) body.template operator()<Half, 1>(head);
-#else
-  for (; head < num_heads; head += kLanes) body.template operator()<Whole, 1>(head);
+    if (num_heads - head <= kLanes / 2) {
+      body.template operator()<Half>(head);
+      continue;
+    }
 #endif
+    body.template operator()<Whole>(head);
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -294,10 +300,20 @@ void softmax_block(float* scores, int64_t num_rows, float* max, float* sum, floa
   vec_store(factor, rescale);
 }
 
+// acc + the product of one step: bf16 pairs or f32.
+template <bool kPairs>
+INDEXCACHE_INLINE Vec multiply_step(Vec acc, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#endif
+  return vec_fma(a, b, acc);
+}
+
 struct ValueBlock {
   const uint8_t* const* rows;       // [num_rows], even
   const uint8_t* const* next_rows;  // to prefetch
   int64_t num_rows;
+  int64_t row_bytes;
   bool first;  // `sums` holds nothing yet
 };
 
@@ -336,7 +352,7 @@ void value_tile(const ValueBlock& block, const float* weights, int64_t byte, int
     const float* w = weights + r / kRowsPerStep * kLanes;
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
-      const Vec weight = vec_set(w[h]);
+      const Vec weight = vec_broadcast(w + h);
       acc[h][0] = multiply_step<kPairs>(acc[h][0], x[0], weight);
       acc[h][1] = multiply_step<kPairs>(acc[h][1], x[1], weight);
     }
@@ -351,12 +367,15 @@ void value_tile(const ValueBlock& block, const float* weights, int64_t byte, int
   }
 }
 
+// All heads for one chunk of dimensions. Each tile prefetches one cache line of every row of the
+// next block.
 template <bool kPairs, bool kTail>
 INDEXCACHE_INLINE void value_chunk(const ValueBlock& block, int64_t num_heads, const float* weights,
                                    int64_t byte, int64_t n, int64_t prefetch_byte,
                                    int64_t prefetch_stride, const float* factor, float* sums) {
   int64_t head = 0;
   const auto tile = [&]<int kHeads>() {
+    if (prefetch_byte >= block.row_bytes) prefetch_byte = 0;
     value_tile<kHeads, kPairs, kTail>(block,
                                       weights + head / kLanes * kBlock * kLanes + head % kLanes,
                                       byte, n, prefetch_byte, factor + head, sums + head * kChunk);
@@ -388,8 +407,8 @@ Scratch lay_out(uint8_t* base, int64_t num_heads, int64_t value_dim, int64_t row
   Scratch s;
   int64_t at = 0;
   const auto take = [&](int64_t floats) {
-    float* p = reinterpret_cast<float*>(base) + at;
-    at += round_up(floats, kLineBytes / 4);
+    float* p = reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(base) + at);
+    at += round_up(floats * 4, kLineBytes);
     return p;
   };
   s.panel = take(row_elements * heads);
@@ -399,7 +418,7 @@ Scratch lay_out(uint8_t* base, int64_t num_heads, int64_t value_dim, int64_t row
   s.max = take(heads);
   s.sum = take(heads);
   s.factor = take(heads);
-  s.bytes = static_cast<size_t>(at) * sizeof(float);
+  s.bytes = static_cast<size_t>(at);
   return s;
 }
 
@@ -413,6 +432,16 @@ INDEXCACHE_INLINE void find_rows(const SparseMlaSpan& span, int64_t begin, int64
               position % kSparseMlaPageTokens * row_bytes;
   }
   for (int64_t i = count; i < kBlock && i % 4 != 0; ++i) rows[i] = rows[count - 1];
+}
+
+void widen_row(const uint8_t* row, int64_t n, float* to) {
+  const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) vec_store(to + i, vec_load_bf16(from + i));
+  for (; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    __builtin_memcpy(to + i, &bits, sizeof(bits));
+  }
 }
 
 template <bool kPairs>
@@ -448,22 +477,26 @@ void attend(const SparseMlaSpan& span) {
   const int64_t heads = round_up(span.num_heads, kLanes);
   const int64_t steps = kPairs ? span.row_elements / 2 : span.row_elements;
   const int64_t chunk_bytes = kChunk * (kPairs ? 2 : 4);
+  const int64_t row_bytes = span.row_elements * (span.rows_are_bf16 ? 2 : 4);
+
+  const uint8_t* sources[2][kBlock];
+  find_rows(span, 0, min64(kBlock, span.count), sources[0]);
+  // Lanes without a head are carried along, so they must hold numbers.
   for (int64_t h = 0; h < heads; h += kLanes) {
     vec_store(s.max + h, vec_set(kLowest));
     vec_store(s.sum + h, vec_zero());
-    for (int64_t r = 0; r < kBlock; ++r)
-      vec_store(s.scores + (h * kBlock + r * kLanes), vec_zero());
+    for (int64_t r = 0; r < kBlock; ++r) {
+      vec_store(s.scores + h * kBlock + r * kLanes, vec_zero());
+    }
   }
-  for_each_panel(span.num_heads, [&]<class L, int kGroups>(int64_t head) {
-    pack_panel<L, kGroups, kPairs>(span, head, steps, s.panel + head * steps);
+  for_each_panel(span.num_heads, [&]<class L>(int64_t head) {
+    pack_panel<L, kPairs>(span, head, steps, s.panel + head * steps);
   });
 
-  const uint8_t* sources[2][kBlock];
   const uint8_t* widened[kBlock];
   for (int64_t r = 0; r < kBlock; ++r) {
     widened[r] = reinterpret_cast<const uint8_t*>(s.widened + r * span.row_elements);
   }
-  find_rows(span, 0, min64(kBlock, span.count), sources[0]);
   for (int64_t begin = 0, turn = 0; begin < span.count; begin += kBlock, turn ^= 1) {
     const int64_t num_rows = min64(kBlock, span.count - begin);
     const int64_t num_next = min64(kBlock, span.count - begin - num_rows);
@@ -471,21 +504,13 @@ void attend(const SparseMlaSpan& span) {
     const uint8_t* const* rows = source;
     if (widen) {
       for (int64_t r = 0; r < round_up(num_rows, 4); ++r) {
-        const uint16_t* from = reinterpret_cast<const uint16_t*>(source[r]);
-        float* to = s.widened + r * span.row_elements;
-        int64_t i = 0;
-        for (; i + kLanes <= span.row_elements; i += kLanes)
-          vec_store(to + i, vec_load_bf16(from + i));
-        for (; i < span.row_elements; ++i) {
-          const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-          __builtin_memcpy(to + i, &bits, sizeof(bits));
-        }
+        widen_row(source[r], span.row_elements, s.widened + r * span.row_elements);
       }
       rows = widened;
     }
-    for_each_panel(span.num_heads, [&]<class L, int kGroups>(int64_t head) {
-      score_block<L, kGroups, kPairs>(rows, num_rows, s.panel + head * steps, steps, span.scale,
-                                      s.scores + head * kBlock);
+    for_each_panel(span.num_heads, [&]<class L>(int64_t head) {
+      score_block<L, kPairs>(rows, num_rows, s.panel + head * steps, steps, span.scale,
+                             s.scores + head * kBlock);
     });
     const int64_t even_rows = round_up(num_rows, 2);
     for (int64_t h = 0; h < heads; h += kLanes) {
@@ -497,17 +522,17 @@ void attend(const SparseMlaSpan& span) {
     }
     if (num_next > 0) find_rows(span, begin + num_rows, num_next, sources[turn ^ 1]);
     for (int64_t r = num_next; r < kBlock; ++r) sources[turn ^ 1][r] = source[0];
-    const ValueBlock block{rows, sources[turn ^ 1], even_rows, begin == 0};
-    const int64_t stride = round_up(span.value_dim, kChunk) / kChunk * kLineBytes;
+    const ValueBlock block{rows, sources[turn ^ 1], even_rows, row_bytes, begin == 0};
+    const int64_t prefetch_stride = round_up(span.value_dim, kChunk) / kChunk * kLineBytes;
     for (int64_t d = 0; d < span.value_dim; d += kChunk) {
       const int64_t n = span.value_dim - d, chunk = d / kChunk;
       float* sums = s.sums + d * heads;
       if (n >= kChunk) {
         value_chunk<kPairs, false>(block, span.num_heads, s.scores, chunk * chunk_bytes, kChunk,
-                                   chunk * kLineBytes, stride, s.factor, sums);
+                                   chunk * kLineBytes, prefetch_stride, s.factor, sums);
       } else {
         value_chunk<kPairs, true>(block, span.num_heads, s.scores, chunk * chunk_bytes, n,
-                                  chunk * kLineBytes, stride, s.factor, sums);
+                                  chunk * kLineBytes, prefetch_stride, s.factor, sums);
       }
     }
   }

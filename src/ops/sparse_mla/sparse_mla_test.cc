@@ -19,8 +19,8 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// A batch of runs of sequences over one pool of shuffled pages. The pool ends with its last page, rows that no token
-// selects are NaN, and so is what lies between pages.
+// A batch of runs of sequences over one pool of shuffled pages. The pool ends with its last page,
+// rows that no token selects are NaN, and so is what lies between pages.
 struct Problem {
   struct Run {
     int64_t first_position, num_tokens;
@@ -47,7 +47,8 @@ struct Problem {
       num_pages += static_cast<int32_t>(ceil_div(run.first_position + run.num_tokens, kPageTokens));
     }
     for (int32_t i = 0; i < num_pages; ++i) all_pages.push_back(i);
-    for (size_t i = all_pages.size(); i > 1; --i) std::swap(all_pages[i - 1], all_pages[rng.below(i)]);
+    for (size_t i = all_pages.size(); i > 1; --i)
+      std::swap(all_pages[i - 1], all_pages[rng.below(i)]);
     const int64_t row_bytes = row_elements * dtype_bytes(dtype);
     page_bytes = kPageTokens * row_bytes + 32;
     // 0xFFFF and 0xFFFFFFFF are NaN.
@@ -214,7 +215,10 @@ TEST(SparseMla, OddSizesMatchRef) {
 TEST(SparseMla, UnsplitSelectionsMatchRef) {
   for (const DType dtype : kDTypes) {
     for (const auto& [heads, value_dim, rope] : {std::array<int64_t, 3>{6, 48, 16},
-                                                 {8, 128, 32}, {17, 34, 0}, {40, 64, 6}, {128, 32, 16}}) {
+                                                 {8, 128, 32},
+                                                 {17, 34, 0},
+                                                 {40, 64, 6},
+                                                 {128, 32, 16}}) {
       const Problem problem(7, heads, value_dim, rope, 280, dtype, {{300, 40}, {0, 30}}, kCounts);
       expect_all_close(problem, dtype_name(dtype));
     }
@@ -274,7 +278,8 @@ TEST(SparseMla, NaNStaysWithinItsTokenAndHead) {
     EXPECT_TRUE(std::isnan(ref[(69 * 20 + 2) * 66]));
     EXPECT_EQ(std::isnan(ref[(71 * 20 + 4) * 66]), problem.counts[71] > 0);
     EXPECT_FALSE(std::isnan(ref[(71 * 20 + 5) * 66]));
-    for (const std::string& impl : fast_impls()) problem.expect_close(problem.run(impl, 2), ref, impl);
+    for (const std::string& impl : fast_impls())
+      problem.expect_close(problem.run(impl, 2), ref, impl);
   }
 }
 

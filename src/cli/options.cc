@@ -1,0 +1,91 @@
+#include "cli/options.h"
+
+#include <filesystem>
+
+#include "base/json.h"
+#include "device/gpus.h"
+
+namespace indexcache {
+
+void add_model_flag(CLI::App* command, CommonFlags* flags, bool required) {
+  auto* model =
+      command->add_option("-m,--model", flags->model, "Folder of a checkpoint in the hub's layout");
+  if (required) model->required();
+}
+
+void add_run_flags(CLI::App* command, CommonFlags* flags) {
+  command->add_option("-c,--ctx", flags->run.context,
+                      "Tokens the cache can hold (0: the model's, at most 4096)");
+  command
+      ->add_option("-t,--threads", flags->run.num_threads,
+                   "Threads (0: all CPUs this process may use)")
+      ->check(CLI::Range(0, 1024));
+  command
+      ->add_option("-b,--batch", flags->run.batch_tokens, "Tokens of one forward pass of a prefill")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  command->add_option(
+      "--plan", flags->run.plan,
+      "Index plan: FSSF..., 1/4, freq=4,offset=3, or a plan file (default: the checkpoint's)");
+  command->add_flag("--force-plan", flags->run.force_plan,
+                    "Take a plan file that was made for another model");
+  command->add_option("--device", flags->device, "cpu or cuda")->capture_default_str();
+  command
+      ->add_option("--dtype", flags->dtype,
+                   "Products and cache: f32, bf16, or auto (f32 for an f32 checkpoint, else bf16)")
+      ->capture_default_str();
+  command->add_option("--force", flags->forced,
+                      "Force an implementation, as matmul=ref (for bisection)");
+  command->add_flag("--check-tensors", flags->run.check_tensors,
+                    "Refuse a checkpoint that holds NaN or infinity");
+}
+
+RunOptions run_options(const CommonFlags& flags) {
+  RunOptions options = flags.run;
+  if (flags.device == "cuda") {
+    fail("--device cuda: {}", cuda_unavailable_reason());
+  } else if (flags.device != "cpu") {
+    fail("--device {}: expected cpu or cuda", printable(flags.device));
+  }
+  if (flags.dtype == "f32" || flags.dtype == "float32") {
+    options.compute = ComputeChoice::kF32;
+  } else if (flags.dtype == "bf16" || flags.dtype == "bfloat16") {
+    options.compute = ComputeChoice::kBF16;
+  } else if (flags.dtype != "auto") {
+    fail("--dtype {}: expected auto, f32 or bf16", printable(flags.dtype));
+  }
+  for (const std::string& text : flags.forced) {
+    const size_t equals = text.find('=');
+    if (equals == std::string::npos)
+      fail("--force {}: expected op=implementation", printable(text));
+    options.forced_ops[text.substr(0, equals)] = text.substr(equals + 1);
+  }
+  return options;
+}
+
+std::vector<int32_t> load_token_ids(const std::string& path) {
+  const Json json = load_json(path);
+  if (!json.is_array())
+    fail("{}: found {}, expected a JSON array of token ids", printable(path), json_excerpt(json));
+  std::vector<int32_t> ids;
+  for (const Json& item : json) {
+    const bool good = item.is_number_integer() && item >= 0 && item <= INT32_MAX;
+    if (!good)
+      fail("{}: item {} is {}, expected a token id", printable(path), ids.size(),
+           json_excerpt(item));
+    ids.push_back(item.get<int32_t>());
+  }
+  if (ids.empty()) fail("{}: the array is empty, expected at least one token id", printable(path));
+  return ids;
+}
+
+Tokenizer load_tokenizer(const std::string& model) {
+  const std::string path = model + "/tokenizer.json";
+  if (!std::filesystem::exists(path)) {
+    fail("{}: not found; text needs a tokenizer, token ids can be given with --tokens",
+         printable(path));
+  }
+  return Tokenizer::load(path);
+}
+
+}  // namespace indexcache
