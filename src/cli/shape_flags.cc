@@ -18,6 +18,14 @@ void add_shape_flags(CLI::App* command, ShapeFlags* flags, const std::string& na
       ->capture_default_str();
 }
 
+DType shape_dtype(const ShapeFlags& flags) {
+  if (flags.dtype == "f32") return DType::kF32;
+  if (flags.dtype == "f16") return DType::kF16;
+  if (flags.dtype == "bf16") return DType::kBF16;
+  if (flags.dtype == "fp8") return DType::kF8E4M3;
+  fail("--weights {}: expected f32, f16, bf16 or fp8", printable(flags.dtype));
+}
+
 ModelConfig shape_config(const ShapeFlags& flags) {
   ModelConfig config = named_shape(flags.name);
   if (flags.num_hidden_layers != 0) {
@@ -32,15 +40,9 @@ ModelConfig shape_config(const ShapeFlags& flags) {
     config.index_plan =
         resolve_plan(flags.plan, static_cast<int>(config.num_hidden_layers), config.fingerprint);
   }
+  config.dtype = flags.dtype == "f32" ? "float32" : flags.dtype == "f16" ? "float16" : "bfloat16";
+  if (shape_dtype(flags) == DType::kF8E4M3) config.quantization_config.emplace();
   return parse_config(config_json(config), flags.name);
-}
-
-DType shape_dtype(const ShapeFlags& flags) {
-  if (flags.dtype == "f32") return DType::kF32;
-  if (flags.dtype == "f16") return DType::kF16;
-  if (flags.dtype == "bf16") return DType::kBF16;
-  if (flags.dtype == "fp8") return DType::kF8E4M3;
-  fail("--weights {}: expected f32, f16, bf16 or fp8", printable(flags.dtype));
 }
 
 ModelSource synthetic_source(const ShapeFlags& flags) {

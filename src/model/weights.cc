@@ -169,8 +169,30 @@ void split_kv_b(const Weight& kv_b, const AttentionConfig& attn, Compute compute
 
 }  // namespace
 
+namespace {
+
+// Never guess: a checkpoint says that it is quantised in its config and in its tensors, or in
+// neither.
+void check_quantization(const Checkpoint& checkpoint, const ModelConfig& config) {
+  const std::string* fp8_name = nullptr;
+  for (const auto& [name, view] : checkpoint.tensors()) {
+    if (view.dtype == DType::kF8E4M3 && name.ends_with(".weight")) fp8_name = &name;
+  }
+  if (fp8_name != nullptr && !config.quantization_config) {
+    fail("{}: {} is F8_E4M3, but config.json has no quantization_config",
+         printable(checkpoint.path), printable(*fp8_name));
+  }
+  if (fp8_name == nullptr && config.quantization_config) {
+    fail("{}: config.json has a quantization_config (fp8), but no weight is F8_E4M3",
+         printable(checkpoint.path));
+  }
+}
+
+}  // namespace
+
 Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
                      Compute compute) {
+  check_quantization(checkpoint, config);
   Weights weights;
   Binder binder(checkpoint);
   Loader loader{binder, config, compute, weights, {}, {}};

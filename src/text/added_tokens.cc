@@ -87,7 +87,8 @@ int32_t AddedTokenFinder::longest_match(const Tree& tree, std::string_view text,
   return best;
 }
 
-void AddedTokenFinder::split(const Tree& tree, std::string_view text, std::vector<Section>& out) const {
+void AddedTokenFinder::split(const Tree& tree, std::string_view text,
+                             std::vector<Section>& out) const {
   size_t done = 0;  // the text before this is in `out`
   for (size_t at = 0; at < text.size();) {
     const int32_t found = longest_match(tree, text, at);

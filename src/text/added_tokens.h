@@ -1,5 +1,5 @@
-// Added tokens: texts such as <|user|> that are one token wherever they stand, found before anything else looks at the
-// text.
+// Added tokens: texts such as <|user|> that are one token wherever they stand, found before
+// anything else looks at the text.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,8 @@ AddedToken token(int id, const char* content) {
 }
 
 TEST(AddedTokens, LongestAtTheLeftmostPlace) {
-  const std::vector<AddedToken> tokens = {token(1, "ab"), token(2, "abcd"), token(3, "bc"), token(4, "c")};
+  const std::vector<AddedToken> tokens = {token(1, "ab"), token(2, "abcd"), token(3, "bc"),
+                                          token(4, "c")};
   EXPECT_EQ(sections(tokens, "xabcdx"), "(x)<2:abcd>(x)");
   EXPECT_EQ(sections(tokens, "abc"), "<1:ab><4:c>");
   EXPECT_EQ(sections(tokens, "bcab"), "<3:bc><1:ab>");

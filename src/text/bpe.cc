@@ -22,7 +22,8 @@ uint64_t hash(uint64_t key) { return (key ^ (key >> 32)) * 0x9E3779B97F4A7C15ull
 
 }  // namespace
 
-Bpe::Bpe(const std::array<int32_t, 256>& byte_ids, const std::vector<Merge>& merges) : byte_ids_(byte_ids) {
+Bpe::Bpe(const std::array<int32_t, 256>& byte_ids, const std::vector<Merge>& merges)
+    : byte_ids_(byte_ids) {
   const size_t size = std::bit_ceil(std::max<size_t>(16, merges.size() * 2));
   shift_ = static_cast<uint32_t>(64 - std::countr_zero(size));
   slots_.assign(size, {kNoPair, kNoRank, -1});
@@ -50,7 +51,8 @@ void Bpe::encode(std::string_view piece, Scratch& scratch, std::vector<int32_t>&
   }
 }
 
-void Bpe::encode_by_scan(std::string_view piece, Scratch& scratch, std::vector<int32_t>& out) const {
+void Bpe::encode_by_scan(std::string_view piece, Scratch& scratch,
+                         std::vector<int32_t>& out) const {
   std::vector<int32_t>& ids = scratch.ids;
   std::vector<uint32_t>& ranks = scratch.ranks;  // of each token with the one after it
   ids.clear();
@@ -62,7 +64,8 @@ void Bpe::encode_by_scan(std::string_view piece, Scratch& scratch, std::vector<i
   };
   for (size_t i = 0; i < ids.size(); ++i) ranks.push_back(rank_at(i));
   while (ids.size() > 1) {
-    const size_t best = static_cast<size_t>(std::min_element(ranks.begin(), ranks.end()) - ranks.begin());
+    const size_t best =
+        static_cast<size_t>(std::min_element(ranks.begin(), ranks.end()) - ranks.begin());
     if (ranks[best] == kNoRank) break;
     ids[best] = find(ids[best], ids[best + 1])->result;
     ids.erase(ids.begin() + static_cast<ptrdiff_t>(best) + 1);
@@ -73,18 +76,22 @@ void Bpe::encode_by_scan(std::string_view piece, Scratch& scratch, std::vector<i
   out.insert(out.end(), ids.begin(), ids.end());
 }
 
-void Bpe::encode_by_heap(std::string_view piece, Scratch& scratch, std::vector<int32_t>& out) const {
+void Bpe::encode_by_heap(std::string_view piece, Scratch& scratch,
+                         std::vector<int32_t>& out) const {
   CHECK_LT(piece.size(), size_t{kNowhere});
   const uint32_t size = static_cast<uint32_t>(piece.size());
   std::vector<int32_t>& ids = scratch.ids;  // -1 where a token was merged into the one before it
   std::vector<uint32_t>& next = scratch.next;
   std::vector<uint32_t>& previous = scratch.previous;
-  std::vector<uint64_t>& heap = scratch.heap;  // rank, then place: the smallest is the merge to do next
+  std::vector<uint64_t>& heap =
+      scratch.heap;  // rank, then place: the smallest is the merge to do next
   ids.resize(size);
   next.resize(size);
   previous.resize(size);
   heap.clear();
-  const auto entry = [](uint32_t rank, uint32_t at) { return (static_cast<uint64_t>(rank) << 32) | at; };
+  const auto entry = [](uint32_t rank, uint32_t at) {
+    return (static_cast<uint64_t>(rank) << 32) | at;
+  };
   for (uint32_t i = 0; i < size; ++i) {
     ids[i] = byte_ids_[static_cast<uint8_t>(piece[i])];
     next[i] = i + 1 < size ? i + 1 : kNowhere;

@@ -1,5 +1,5 @@
-// Byte-pair encoding of one piece of text: begin with one token a byte, then apply the merge of lowest rank, the
-// leftmost first, until none applies.
+// Byte-pair encoding of one piece of text: begin with one token a byte, then apply the merge of
+// lowest rank, the leftmost first, until none applies.
 #pragma once
 
 #include <array>
@@ -30,8 +30,8 @@ class Bpe {
   // Token ids are not negative. Of two merges of the same pair the later one counts.
   Bpe(const std::array<int32_t, 256>& byte_ids, const std::vector<Merge>& merges);
 
-  // Appends the piece's tokens to `out`. Pieces of up to kMaxScanBytes bytes take quadratic steps on few bytes, longer
-  // ones a heap; both give the same tokens.
+  // Appends the piece's tokens to `out`. Pieces of up to kMaxScanBytes bytes take quadratic steps
+  // on few bytes, longer ones a heap; both give the same tokens.
   void encode(std::string_view piece, Scratch& scratch, std::vector<int32_t>& out) const;
   void encode_by_scan(std::string_view piece, Scratch& scratch, std::vector<int32_t>& out) const;
   void encode_by_heap(std::string_view piece, Scratch& scratch, std::vector<int32_t>& out) const;

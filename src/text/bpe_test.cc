@@ -45,7 +45,8 @@ TEST(Bpe, ScanAndHeapGiveTheSameTokens) {
     const Bpe bpe(byte_ids, random_merges(rng, letters, 1 + static_cast<int>(rng.below(40))));
     for (int i = 0; i < 20; ++i) {
       std::string text;
-      for (uint64_t n = rng.below(200); n > 0; --n) text += static_cast<char>('a' + rng.below(static_cast<uint64_t>(letters)));
+      for (uint64_t n = rng.below(200); n > 0; --n)
+        text += static_cast<char>('a' + rng.below(static_cast<uint64_t>(letters)));
       std::vector<int32_t> scanned;
       std::vector<int32_t> heaped;
       bpe.encode_by_scan(text, scratch, scanned);

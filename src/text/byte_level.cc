@@ -20,7 +20,8 @@ constexpr Spelling make_spelling() {
   for (int16_t& byte : spelling.byte) byte = -1;
   uint16_t next_substitute = 0x100;
   for (uint16_t byte = 0; byte < 256; ++byte) {
-    const bool printable_itself = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+    const bool printable_itself =
+        (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
     const uint16_t character = printable_itself ? byte : next_substitute++;
     spelling.character[byte] = character;
     spelling.byte[character] = static_cast<int16_t>(byte);
@@ -54,7 +55,8 @@ std::optional<std::string> from_byte_level(std::string_view spelled) {
 }
 
 std::string byte_level_tokenizer_json(int vocab_size) {
-  if (vocab_size < 260) fail("vocab_size is {}, expected at least 260 for a byte-level tokenizer", vocab_size);
+  if (vocab_size < 260)
+    fail("vocab_size is {}, expected at least 260 for a byte-level tokenizer", vocab_size);
   Json vocab = Json::object();
   for (int byte = 0; byte < 256; ++byte) {
     const char c = static_cast<char>(byte);
@@ -62,19 +64,23 @@ std::string byte_level_tokenizer_json(int vocab_size) {
   }
   Json added = Json::array();
   for (int id = 256; id < vocab_size; ++id) {
-    constexpr std::array<const char*, 4> kNames = {"<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"};
+    constexpr std::array<const char*, 4> kNames = {"<|endoftext|>", "<|system|>", "<|user|>",
+                                                   "<|assistant|>"};
     const size_t index = static_cast<size_t>(id - 256);
-    added.push_back({{"id", id},
-                     {"content", index < kNames.size() ? std::string(kNames[index])
-                                                       : fmt::format("<|reserved_{}|>", index - kNames.size())},
-                     {"single_word", false},
-                     {"lstrip", false},
-                     {"rstrip", false},
-                     {"normalized", false},
-                     {"special", true}});
+    added.push_back(
+        {{"id", id},
+         {"content", index < kNames.size() ? std::string(kNames[index])
+                                           : fmt::format("<|reserved_{}|>", index - kNames.size())},
+         {"single_word", false},
+         {"lstrip", false},
+         {"rstrip", false},
+         {"normalized", false},
+         {"special", true}});
   }
-  const Json byte_level = {
-      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", false}};
+  const Json byte_level = {{"type", "ByteLevel"},
+                           {"add_prefix_space", false},
+                           {"trim_offsets", true},
+                           {"use_regex", false}};
   const Json file = {{"version", "1.0"},
                      {"truncation", nullptr},
                      {"padding", nullptr},

@@ -9,10 +9,9 @@ namespace indexcache {
 namespace {
 
 // In the order of GeneralCategory.
-constexpr std::string_view kCategoryNames[] = {"lu", "ll", "lt", "lm", "lo", "mn", "mc", "me",
-                                               "nd", "nl", "no", "pc", "pd", "ps", "pe", "pi",
-                                               "pf", "po", "sm", "sc", "sk", "so", "zs", "zl",
-                                               "zp", "cc", "cf", "cs", "co", "cn"};
+constexpr std::string_view kCategoryNames[] = {
+    "lu", "ll", "lt", "lm", "lo", "mn", "mc", "me", "nd", "nl", "no", "pc", "pd", "ps", "pe",
+    "pi", "pf", "po", "sm", "sc", "sk", "so", "zs", "zl", "zp", "cc", "cf", "cs", "co", "cn"};
 
 constexpr std::pair<std::string_view, char> kGroupNames[] = {
     {"letter", 'l'}, {"mark", 'm'},      {"number", 'n'}, {"punctuation", 'p'},

@@ -22,8 +22,8 @@ CodePointSet set_of(uint32_t code_point);
 CodePointSet complement(const CodePointSet& set);
 CodePointSet unite(const CodePointSet& a, const CodePointSet& b);
 
-// A general category by its one- or two-letter name (L, Lu) or, for the seven groups, its long name (Letter). Upper and
-// lower case, spaces, '_' and '-' do not matter. nullopt: no such category.
+// A general category by its one- or two-letter name (L, Lu) or, for the seven groups, its long name
+// (Letter). Upper and lower case, spaces, '_' and '-' do not matter. nullopt: no such category.
 std::optional<CodePointSet> category_set(std::string_view name);
 
 bool is_white_space(uint32_t code_point);

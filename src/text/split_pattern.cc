@@ -44,8 +44,8 @@ class PatternParser {
 
  private:
   struct Group {
-    bool fold;         // the case-insensitivity outside, restored at the group's end
-    bool is_look;      // lookahead or lookbehind
+    bool fold;     // the case-insensitivity outside, restored at the group's end
+    bool is_look;  // lookahead or lookbehind
   };
 
   [[noreturn]] void refuse(std::string_view what) const {
@@ -53,7 +53,9 @@ class PatternParser {
   }
 
   bool done() const { return at_ >= text_.size(); }
-  bool looking_at(std::string_view expected) const { return text_.substr(at_).starts_with(expected); }
+  bool looking_at(std::string_view expected) const {
+    return text_.substr(at_).starts_with(expected);
+  }
 
   bool take(std::string_view expected) {
     if (!looking_at(expected)) return false;
@@ -74,7 +76,11 @@ class PatternParser {
   void add_set(const CodePointSet& set) {
     const auto found = std::find(pattern_.sets.begin(), pattern_.sets.end(), set);
     pattern_.parts.push_back({"", static_cast<int>(found - pattern_.sets.begin())});
-    if (found == pattern_.sets.end()) pattern_.sets.push_back(set);
+    if (found != pattern_.sets.end()) return;
+    if (pattern_.sets.size() >= kMaxPatternSets) {
+      refuse(fmt::format("more than {} different characters and classes", kMaxPatternSets));
+    }
+    pattern_.sets.push_back(set);
   }
 
   void parse_item() {
@@ -114,7 +120,8 @@ class PatternParser {
     if (c >= 0x80) refuse("only ASCII is supported inside (?i:..)");
     // Two letters that full case folding also finds as one character, for example U+FB06 for "st".
     for (const std::string_view pair : {"ss", "st", "ff", "fi", "fl"}) {
-      if ((previous_literal_ | 0x20) == static_cast<uint32_t>(pair[0]) && (c | 0x20) == static_cast<uint32_t>(pair[1])) {
+      if ((previous_literal_ | 0x20) == static_cast<uint32_t>(pair[0]) &&
+          (c | 0x20) == static_cast<uint32_t>(pair[1])) {
         refuse(fmt::format("\"{}\" is not supported inside (?i:..)", pair));
       }
     }
@@ -175,10 +182,12 @@ class PatternParser {
 
   int parse_count() {
     int value = 0;
-    if (done() || !is_ascii_digit(static_cast<uint8_t>(text_[at_]))) refuse("expected a count in {..}");
+    if (done() || !is_ascii_digit(static_cast<uint8_t>(text_[at_])))
+      refuse("expected a count in {..}");
     while (!done() && is_ascii_digit(static_cast<uint8_t>(text_[at_]))) {
       value = value * 10 + (text_[at_++] - '0');
-      if (value > kMaxPatternRepeat) refuse(fmt::format("a count over {} is not supported", kMaxPatternRepeat));
+      if (value > kMaxPatternRepeat)
+        refuse(fmt::format("a count over {} is not supported", kMaxPatternRepeat));
     }
     return value;
   }
@@ -322,7 +331,8 @@ class PatternParser {
 void check_size(std::string_view pattern, const std::string& where) {
   if (pattern.empty()) fail("{}: the pattern is empty", where);
   if (pattern.size() > kMaxPatternBytes) {
-    fail("{}: the pattern has {} bytes, expected at most {}", where, pattern.size(), kMaxPatternBytes);
+    fail("{}: the pattern has {} bytes, expected at most {}", where, pattern.size(),
+         kMaxPatternBytes);
   }
 }
 

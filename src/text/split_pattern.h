@@ -1,8 +1,10 @@
-// The patterns of a tokenizer.json's Split pre-tokenizers: Oniguruma's Ruby syntax, of which we take the part that
-// pre-tokenizers use and in which Oniguruma and PCRE2 mean the same. Everything else is refused by name, never guessed.
+// The patterns of a tokenizer.json's Split pre-tokenizers: Oniguruma's Ruby syntax, of which we
+// take the part that pre-tokenizers use and in which Oniguruma and PCRE2 mean the same. Everything
+// else is refused by name, never guessed.
 //
-// Taken: characters, '.', classes with ranges and negation, \p{..} \P{..} \p{^..} for general categories, \s \S \d \D,
-// \t \n \v \f \r \e \a, \xHH \x{H..} \uHHHH, escaped punctuation, (..) (?:..) (?i:..) (?=..) (?!..) (?<=..) (?<!..)
+// Taken: characters, '.', classes with ranges and negation, \p{..} \P{..} \p{^..} for general
+// categories, \s \S \d \D, \t \n \v \f \r \e \a, \xHH \x{H..} \uHHHH, escaped punctuation, (..)
+// (?:..) (?i:..) (?=..) (?!..) (?<=..) (?<!..)
 // (?>..), '|', and the quantifiers * + ? {n} {n,} {n,m}, lazy and possessive for the first three.
 #pragma once
 
@@ -15,8 +17,8 @@
 
 namespace indexcache {
 
-// A pattern with every character reduced to "one code point of set number `set`"; the rest is syntax that PCRE2 takes
-// as it stands.
+// A pattern with every character reduced to "one code point of set number `set`"; the rest is
+// syntax that PCRE2 takes as it stands.
 struct SplitPattern {
   struct Part {
     std::string syntax;
@@ -27,6 +29,7 @@ struct SplitPattern {
 };
 
 inline constexpr size_t kMaxPatternBytes = 16 * 1024;
+inline constexpr size_t kMaxPatternSets = 256;
 inline constexpr int kMaxPatternRepeat = 1000;
 
 // Errors begin with `where` and show the pattern and the byte at which it could not be taken.

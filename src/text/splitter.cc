@@ -17,11 +17,10 @@ namespace indexcache {
 
 namespace {
 
-constexpr size_t kMaxSets = 256;
 constexpr size_t kFirstWindow = 128;
 constexpr size_t kMaxJitStack = 1 << 20;
 
-using SetBits = std::bitset<kMaxSets>;
+using SetBits = std::bitset<kMaxPatternSets>;
 
 // Half-open range of code points of the text.
 struct Range {
@@ -35,7 +34,9 @@ struct Alphabet {
 };
 
 Alphabet make_alphabet(std::span<const CodePointSet> sets, const std::string& where) {
-  if (sets.size() > kMaxSets) fail("{}: {} different character classes, expected at most {}", where, sets.size(), kMaxSets);
+  if (sets.size() > kMaxPatternSets)
+    fail("{}: {} different character classes, expected at most {}", where, sets.size(),
+         kMaxPatternSets);
   // Which sets begin or end at each code point where anything changes.
   std::map<uint32_t, SetBits> toggles;
   toggles[0];
@@ -53,9 +54,11 @@ Alphabet make_alphabet(std::span<const CodePointSet> sets, const std::string& wh
     current ^= it->second;
     const auto [symbol, is_new] = symbols.try_emplace(current, symbols.size());
     if (is_new) alphabet.membership.push_back(current);
-    if (symbols.size() > 256) fail("{}: the patterns tell more than 256 kinds of character apart", where);
+    if (symbols.size() > 256)
+      fail("{}: the patterns tell more than 256 kinds of character apart", where);
     const auto after = std::next(it);
-    const uint32_t end = after == toggles.end() ? kMaxCodePoint + 1 : std::min(after->first, kMaxCodePoint + 1);
+    const uint32_t end =
+        after == toggles.end() ? kMaxCodePoint + 1 : std::min(after->first, kMaxCodePoint + 1);
     std::fill(alphabet.symbol_of.begin() + it->first, alphabet.symbol_of.begin() + end,
               static_cast<uint8_t>(symbol->second));
   }
@@ -75,8 +78,8 @@ struct Matcher {
   std::string where;
 };
 
-std::string pattern_over_symbols(const SplitPattern& pattern, const std::vector<size_t>& set_numbers,
-                                 const Alphabet& alphabet) {
+std::string pattern_over_symbols(const SplitPattern& pattern,
+                                 const std::vector<size_t>& set_numbers, const Alphabet& alphabet) {
   std::vector<std::string> classes;
   for (const size_t number : set_numbers) {
     std::string text = "[";
@@ -93,7 +96,8 @@ std::string pattern_over_symbols(const SplitPattern& pattern, const std::vector<
   return out;
 }
 
-Matcher compile(const SplitStage& stage, const std::vector<size_t>& set_numbers, const Alphabet& alphabet) {
+Matcher compile(const SplitStage& stage, const std::vector<size_t>& set_numbers,
+                const Alphabet& alphabet) {
   const std::string text = pattern_over_symbols(stage.pattern, set_numbers, alphabet);
   int error = 0;
   PCRE2_SIZE error_at = 0;
@@ -101,12 +105,13 @@ Matcher compile(const SplitStage& stage, const std::vector<size_t>& set_numbers,
   matcher.behavior = stage.behavior;
   matcher.invert = stage.invert;
   matcher.where = stage.where;
-  matcher.code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), 0, &error,
-                                   &error_at, nullptr));
+  matcher.code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), 0,
+                                   &error, &error_at, nullptr));
   if (matcher.code == nullptr) {
     std::array<PCRE2_UCHAR, 256> message{};
     pcre2_get_error_message(error, message.data(), message.size());
-    fail("{}: the pattern does not compile: {}", stage.where, reinterpret_cast<const char*>(message.data()));
+    fail("{}: the pattern does not compile: {}", stage.where,
+         reinterpret_cast<const char*>(message.data()));
   }
   uint32_t matches_empty = 0;
   pcre2_pattern_info(matcher.code.get(), PCRE2_INFO_MATCHEMPTY, &matches_empty);
@@ -124,12 +129,13 @@ Matcher compile(const SplitStage& stage, const std::vector<size_t>& set_numbers,
                                                   : true;
   }
   // Without a JIT compiler for this machine PCRE2 interprets the same pattern.
-  const int jit = pcre2_jit_compile(matcher.code.get(), PCRE2_JIT_COMPLETE | PCRE2_JIT_PARTIAL_HARD);
+  const int jit =
+      pcre2_jit_compile(matcher.code.get(), PCRE2_JIT_COMPLETE | PCRE2_JIT_PARTIAL_HARD);
   if (jit == PCRE2_ERROR_NOMEMORY) fail("{}: the pattern is too large to compile", stage.where);
   return matcher;
 }
 
-// What PCRE2 needs to match; one for each call of split(), so that calls do not share anything.
+// What PCRE2 needs to match; one for each thread.
 class MatchState {
  public:
   MatchState()
@@ -148,7 +154,8 @@ class MatchState {
   MatchState& operator=(const MatchState&) = delete;
 
   // The end of the match that begins at `at`, or `at` itself if there is none.
-  size_t match_end(const Matcher& matcher, std::span<const uint8_t> symbols, size_t at, size_t* budget) {
+  size_t match_end(const Matcher& matcher, std::span<const uint8_t> symbols, size_t at,
+                   size_t* budget) {
     for (size_t window = kFirstWindow;; window *= 2) {
       const bool whole = window >= symbols.size() - at;
       const size_t visible = whole ? symbols.size() : at + window;
@@ -156,9 +163,12 @@ class MatchState {
         if (window > *budget) too_slow(matcher);
         *budget -= window;
       }
-      pcre2_set_match_limit(context_, static_cast<uint32_t>(std::min<size_t>(1000 + 16 * (visible - at), UINT32_MAX)));
-      const uint32_t options = PCRE2_ANCHORED | (whole ? 0u : static_cast<uint32_t>(PCRE2_PARTIAL_HARD));
-      const int rc = pcre2_match(matcher.code.get(), symbols.data(), visible, at, options, data_, context_);
+      pcre2_set_match_limit(context_, static_cast<uint32_t>(std::min<size_t>(
+                                          1000 + 16 * (visible - at), UINT32_MAX)));
+      const uint32_t options =
+          PCRE2_ANCHORED | (whole ? 0u : static_cast<uint32_t>(PCRE2_PARTIAL_HARD));
+      const int rc =
+          pcre2_match(matcher.code.get(), symbols.data(), visible, at, options, data_, context_);
       if (rc == PCRE2_ERROR_NOMATCH) return at;
       if (rc == PCRE2_ERROR_PARTIAL) continue;
       if (rc < 0) too_slow(matcher);
@@ -182,18 +192,20 @@ struct Segment {
 };
 
 // Covers the piece with matches and what lies between them.
-void find_segments(const Matcher& matcher, std::span<const uint8_t> symbols, Range piece, MatchState& state,
-                   size_t* budget, std::vector<Segment>& out) {
+void find_segments(const Matcher& matcher, std::span<const uint8_t> symbols, Range piece,
+                   MatchState& state, size_t* budget, std::vector<Segment>& out) {
   out.clear();
   const std::span<const uint8_t> text = symbols.subspan(piece.begin, piece.end - piece.begin);
   size_t unmatched_from = 0;
   const auto add = [&](size_t begin, size_t end, bool matched) {
     if (begin == end) return;
-    out.push_back({{piece.begin + static_cast<uint32_t>(begin), piece.begin + static_cast<uint32_t>(end)},
-                   matched != matcher.invert});
+    out.push_back(
+        {{piece.begin + static_cast<uint32_t>(begin), piece.begin + static_cast<uint32_t>(end)},
+         matched != matcher.invert});
   };
   for (size_t at = 0; at < text.size();) {
-    const size_t end = matcher.can_begin[text[at]] ? state.match_end(matcher, text, at, budget) : at;
+    const size_t end =
+        matcher.can_begin[text[at]] ? state.match_end(matcher, text, at, budget) : at;
     if (end == at) {
       ++at;
       continue;
@@ -205,7 +217,8 @@ void find_segments(const Matcher& matcher, std::span<const uint8_t> symbols, Ran
   add(unmatched_from, text.size(), false);
 }
 
-void apply_behavior(SplitBehavior behavior, const std::vector<Segment>& segments, std::vector<Range>& out) {
+void apply_behavior(SplitBehavior behavior, const std::vector<Segment>& segments,
+                    std::vector<Range>& out) {
   switch (behavior) {
     case SplitBehavior::kIsolated:
       for (const Segment& segment : segments) out.push_back(segment.range);
@@ -253,6 +266,10 @@ struct Splitter::Impl {
 
 Splitter::Splitter(std::vector<SplitStage> stages) {
   auto impl = std::make_unique<Impl>();
+  if (stages.empty()) {
+    impl_ = std::move(impl);
+    return;
+  }
   std::vector<CodePointSet> sets;
   std::vector<std::vector<size_t>> numbers;  // by stage and its set: which of `sets`
   for (const SplitStage& stage : stages) {
@@ -262,9 +279,9 @@ Splitter::Splitter(std::vector<SplitStage> stages) {
       stage_numbers.push_back(static_cast<size_t>(found - sets.begin()));
       if (found == sets.end()) sets.push_back(set);
     }
-    if (sets.size() > kMaxSets) break;
+    if (sets.size() > kMaxPatternSets) break;
   }
-  impl->alphabet = make_alphabet(sets, stages.empty() ? "" : stages.back().where);
+  impl->alphabet = make_alphabet(sets, stages.back().where);
   for (size_t i = 0; i < stages.size(); ++i) {
     impl->matchers.push_back(compile(stages[i], numbers[i], impl->alphabet));
   }
@@ -292,9 +309,10 @@ std::vector<std::string_view> Splitter::split(std::string_view text) const {
   std::vector<Range> pieces = {{0, static_cast<uint32_t>(symbols.size())}};
   std::vector<Range> finer;
   std::vector<Segment> segments;
-  MatchState state;
+  thread_local MatchState state;
   for (const Matcher& matcher : impl_->matchers) {
-    // An honest pattern reads each window a few times; a million code points are free for short texts.
+    // An honest pattern reads each window a few times; a million code points are free for short
+    // texts.
     size_t budget = 1'000'000 + 64 * symbols.size();
     finer.clear();
     for (const Range& piece : pieces) {

@@ -1,12 +1,14 @@
-// Splits text into the pieces that byte-pair encoding works on, as a Sequence of Split pre-tokenizers says.
+// Splits text into the pieces that byte-pair encoding works on, as a Sequence of Split
+// pre-tokenizers says.
 //
-// How: code points that no pattern tells apart are one symbol, so a whole family of patterns needs well under 256 of
-// them. Text becomes one byte a code point, and PCRE2 matches over those bytes with ordinary 256-bit classes. So the
-// Unicode version is ours, not the library's, and a class of 140,000 letters costs no more than [a-z].
+// How: code points that no pattern tells apart are one symbol, so a whole family of patterns needs
+// well under 256 of them. Text becomes one byte a code point, and PCRE2 matches over those bytes
+// with ordinary 256-bit classes. So the Unicode version is ours, not the library's, and a class of
+// 140,000 letters costs no more than [a-z].
 //
-// Time is bounded by the text's length: an attempt at a match sees a window that doubles only while the attempt runs
-// into its end, steps inside it are limited, and windows are charged to a budget. A pattern that exceeds either is an
-// Error that shows the pattern.
+// Time is bounded by the text's length: an attempt at a match sees a window that doubles only while
+// the attempt runs into its end, steps inside it are limited, and windows are charged to a budget.
+// A pattern that exceeds either is an Error that shows the pattern.
 #pragma once
 
 #include <memory>
@@ -41,7 +43,8 @@ class Splitter {
   Splitter(Splitter&&) noexcept;
   Splitter& operator=(Splitter&&) noexcept;
 
-  // The non-empty pieces of valid UTF-8 text of less than 2 GiB, in order, as views into it. Safe from several threads.
+  // The non-empty pieces of valid UTF-8 text of less than 2 GiB, in order, as views into it. Safe
+  // from several threads.
   std::vector<std::string_view> split(std::string_view text) const;
 
  private:

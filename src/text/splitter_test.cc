@@ -11,13 +11,15 @@ namespace {
 
 using Pieces = std::vector<std::string_view>;
 
-Splitter splitter_of(const std::string& regex, SplitBehavior behavior = SplitBehavior::kIsolated, bool invert = false) {
+Splitter splitter_of(const std::string& regex, SplitBehavior behavior = SplitBehavior::kIsolated,
+                     bool invert = false) {
   return Splitter({{parse_split_regex(regex, "test"), behavior, invert, "test"}});
 }
 
 TEST(Splitter, Behaviors) {
   const std::string text = "the-final--countdown";
-  EXPECT_EQ(splitter_of("-", SplitBehavior::kRemoved).split(text), (Pieces{"the", "final", "countdown"}));
+  EXPECT_EQ(splitter_of("-", SplitBehavior::kRemoved).split(text),
+            (Pieces{"the", "final", "countdown"}));
   EXPECT_EQ(splitter_of("-", SplitBehavior::kIsolated).split(text),
             (Pieces{"the", "-", "final", "-", "-", "countdown"}));
   EXPECT_EQ(splitter_of("-", SplitBehavior::kMergedWithPrevious).split(text),
@@ -61,10 +63,14 @@ TEST(Splitter, PatternsMeanWhatOnigurumaMeans) {
 
 TEST(Splitter, RefusesWhatItDoesNotKnow) {
   for (const char* regex :
-       {"", "a*", "(", ")", "a(b", "[", "[]", "[]a]", "[a", "[b-a]", "[a[b]]", "[a&&b]", "[a-\\d]", "[\\d-z]", "[a-c-e]", "\\w",
-        "\\b", "\\h", "\\1", "\\G", "\\K", "\\", "\\p", "\\p{", "\\p{Greek}", "\\pL", "\\p{}", "\\xZZ", "\\xFF", "\\x{}",
-        "\\x{110000}", "\\uD800", "^a", "a$", "*", "a**", "a{1}{2}", "a{2,1}", "a{,2}", "a{1001}", "a{x", "a{2}?", "a{1,2}+", "{",
-        "(?i)a", "(?<n>a)", "(?#c)", "(?i:\\p{L})", "(?i:é)", "(?i:st)", "(?=a)*", "(?:a|)", "a|", "(?<=a+)b", "(?!a)"}) {
+       {"",        "a*",      "(",           ")",          "a(b",      "[",           "[]",
+        "[]a]",    "[a",      "[b-a]",       "[a[b]]",     "[a&&b]",   "[a-\\d]",     "[\\d-z]",
+        "[a-c-e]", "\\w",     "\\b",         "\\h",        "\\1",      "\\G",         "\\K",
+        "\\",      "\\p",     "\\p{",        "\\p{Greek}", "\\pL",     "\\p{}",       "\\xZZ",
+        "\\xFF",   "\\x{}",   "\\x{110000}", "\\uD800",    "^a",       "a$",          "*",
+        "a**",     "a{1}{2}", "a{2,1}",      "a{,2}",      "a{1001}",  "a{x",         "a{2}?",
+        "a{1,2}+", "{",       "(?i)a",       "(?<n>a)",    "(?#c)",    "(?i:\\p{L})", "(?i:é)",
+        "(?i:st)", "(?=a)*",  "(?:a|)",      "a|",         "(?<=a+)b", "(?!a)"}) {
     try {
       splitter_of(regex);
       ADD_FAILURE() << "accepted " << regex;
@@ -107,7 +113,9 @@ TEST(Splitter, IsolatedPiecesCoverTheText) {
   for (int round = 0; round < 500; ++round) {
     std::string text;
     for (int i = 0; i < 300; ++i) {
-      append_utf8(static_cast<uint32_t>(rng.below(4) ? rng.below(0x80) : 0xE000 + rng.below(0x102000)), text);
+      append_utf8(
+          static_cast<uint32_t>(rng.below(4) ? rng.below(0x80) : 0xE000 + rng.below(0x102000)),
+          text);
     }
     std::string joined;
     for (const std::string_view piece : splitter.split(text)) {
@@ -126,7 +134,8 @@ TEST(CodePoints, SetsAreConsistent) {
   EXPECT_EQ(*category_set("letter"), letters);
   EXPECT_EQ(*category_set("Punctuation"), *category_set("P"));
   CodePointSet all;
-  for (const char* group : {"L", "M", "N", "P", "S", "Z", "C"}) all = unite(all, *category_set(group));
+  for (const char* group : {"L", "M", "N", "P", "S", "Z", "C"})
+    all = unite(all, *category_set(group));
   EXPECT_EQ(all.ranges, (std::vector<CodePointRange>{{0, kMaxCodePoint}}));
   EXPECT_FALSE(category_set("Han"));
   EXPECT_FALSE(category_set(""));

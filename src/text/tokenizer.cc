@@ -15,7 +15,8 @@ namespace {
 
 constexpr size_t kMaxTextBytes = (size_t{1} << 31) - 1;
 
-// The tokens of pieces seen before in the same text, as places in the output. A newer piece replaces an older one.
+// The tokens of pieces seen before in the same text, as places in the output. A newer piece
+// replaces an older one.
 class PieceCache {
  public:
   explicit PieceCache(size_t text_bytes)
@@ -64,7 +65,8 @@ struct Tokenizer::Impl {
       const bool is_piece = spelled.has_value() && file.in_model[id] && !is_added[id];
       bytes.push_back(spelled.has_value() ? std::move(*spelled) : names[id]);
       ids.emplace(names[id], static_cast<int32_t>(id));
-      if (file.ignore_merges && is_piece) whole_pieces.emplace(bytes.back(), static_cast<int32_t>(id));
+      if (file.ignore_merges && is_piece)
+        whole_pieces.emplace(bytes.back(), static_cast<int32_t>(id));
     }
   }
   Impl(const Impl&) = delete;
@@ -84,8 +86,10 @@ struct Tokenizer::Impl {
         encode_piece(piece, context);
         continue;
       }
-      const std::string spaced = piece.starts_with(' ') ? std::string(piece) : " " + std::string(piece);
-      for (const std::string_view part : late_splitter.split(spaced)) encode_uncached(part, context);
+      const std::string spaced =
+          piece.starts_with(' ') ? std::string(piece) : " " + std::string(piece);
+      for (const std::string_view part : late_splitter.split(spaced))
+        encode_uncached(part, context);
     }
   }
 
@@ -124,9 +128,9 @@ struct Tokenizer::Impl {
   bool add_prefix_space;
   std::vector<int32_t> prefix;
   std::vector<int32_t> suffix;
-  std::vector<std::string> names;  // by id, as in the file
-  std::vector<std::string> bytes;  // by id
-  std::vector<bool> special;       // by id
+  std::vector<std::string> names;                              // by id, as in the file
+  std::vector<std::string> bytes;                              // by id
+  std::vector<bool> special;                                   // by id
   std::unordered_map<std::string_view, int32_t> ids;           // by name
   std::unordered_map<std::string_view, int32_t> whole_pieces;  // by bytes; only with ignore_merges
 };
@@ -139,8 +143,10 @@ Tokenizer Tokenizer::parse(std::string_view json, const std::string& where) {
   return Tokenizer(std::make_shared<const Impl>(parse_tokenizer_file(json, where)));
 }
 
-std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_tokens, bool parse_special) const {
-  if (utf8.size() > kMaxTextBytes) fail("the text has {} bytes, expected at most {}", utf8.size(), kMaxTextBytes);
+std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_tokens,
+                                       bool parse_special) const {
+  if (utf8.size() > kMaxTextBytes)
+    fail("the text has {} bytes, expected at most {}", utf8.size(), kMaxTextBytes);
   if (const auto at = find_invalid_utf8(utf8)) fail("the text is not valid UTF-8 at byte {}", *at);
 
   Impl::Context context(utf8.size());
@@ -157,7 +163,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_t
   } else {
     impl_->encode_section(utf8, context);
   }
-  if (add_special_tokens) context.out.insert(context.out.end(), impl_->suffix.begin(), impl_->suffix.end());
+  if (add_special_tokens)
+    context.out.insert(context.out.end(), impl_->suffix.begin(), impl_->suffix.end());
   return std::move(context.out);
 }
 
@@ -177,7 +184,8 @@ std::optional<int32_t> Tokenizer::token_id(std::string_view token) const {
 }
 
 std::string_view Tokenizer::token_bytes(int32_t id) const {
-  return id >= 0 && id < vocab_size() ? std::string_view(impl_->bytes[static_cast<size_t>(id)]) : std::string_view();
+  return id >= 0 && id < vocab_size() ? std::string_view(impl_->bytes[static_cast<size_t>(id)])
+                                      : std::string_view();
 }
 
 bool Tokenizer::is_special(int32_t id) const {

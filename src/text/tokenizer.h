@@ -1,12 +1,15 @@
-// Text to token ids and back, from a tokenizer.json (what is taken of that format: text/tokenizer_json.h). Ids equal
-// those of Hugging Face tokenizers for every text that is valid UTF-8.
+// Text to token ids and back, from a tokenizer.json (what is taken of that format:
+// text/tokenizer_json.h). Ids equal those of Hugging Face tokenizers for every text that is valid
+// UTF-8.
 //
-// Control tokens in text: with parse_special, an added token's text (<|user|>, <|endoftext|>) becomes that token. Without
-// it, text is only text: no added token is recognised, whether or not the file marks it as special, since DeepSeek's
+// Control tokens in text: with parse_special, an added token's text (<|user|>, <|endoftext|>)
+// becomes that token. Without it, text is only text: no added token is recognised, whether or not
+// the file marks it as special, since DeepSeek's
 // <|User|> is not marked. Anything a user wrote is encoded without it.
 //
-// Errors: a bad file, text that is not UTF-8 (with the offset), text of 2 GiB or more, and a pre-tokenizer pattern that
-// needs too many steps are Errors. A Tokenizer is immutable and may be used from several threads at once.
+// Errors: a bad file, text that is not UTF-8 (with the offset), text of 2 GiB or more, and a
+// pre-tokenizer pattern that needs too many steps are Errors. A Tokenizer is immutable and may be
+// used from several threads at once.
 #pragma once
 
 #include <cstdint>
@@ -26,17 +29,21 @@ class Tokenizer {
   static Tokenizer load(const std::string& path);
   static Tokenizer parse(std::string_view json, const std::string& where);
 
-  // add_special_tokens: put what the file's post-processor says before and after the text ([gMASK]<sop>).
-  std::vector<int32_t> encode(std::string_view utf8, bool add_special_tokens, bool parse_special) const;
+  // add_special_tokens: put what the file's post-processor says before and after the text
+  // ([gMASK]<sop>).
+  std::vector<int32_t> encode(std::string_view utf8, bool add_special_tokens,
+                              bool parse_special) const;
 
-  // Valid UTF-8: bytes that are not, as when tokens were cut inside a character, become U+FFFD. Ids without a token (a
-  // model's vocabulary is often padded) stand for no text. skip_special leaves out special tokens.
+  // Valid UTF-8: bytes that are not, as when tokens were cut inside a character, become U+FFFD. Ids
+  // without a token (a model's vocabulary is often padded) stand for no text. skip_special leaves
+  // out special tokens.
   std::string decode(std::span<const int32_t> ids, bool skip_special) const;
 
   // Ids are 0 to vocab_size() - 1.
   int vocab_size() const;
 
-  // The token with exactly this text; for tokens that are not plain ASCII, in the file's byte-level spelling.
+  // The token with exactly this text; for tokens that are not plain ASCII, in the file's byte-level
+  // spelling.
   std::optional<int32_t> token_id(std::string_view token) const;
 
   // The bytes that a token stands for; empty for ids without a token.
@@ -49,8 +56,8 @@ class Tokenizer {
   std::shared_ptr<const Impl> impl_;
 };
 
-// Decodes a stream of tokens. Only whole characters come out; all that comes out, with finish(), equals
-// Tokenizer::decode of the same tokens.
+// Decodes a stream of tokens. Only whole characters come out; all that comes out, with finish(),
+// equals Tokenizer::decode of the same tokens.
 class StreamDecoder {
  public:
   StreamDecoder(Tokenizer tokenizer, bool skip_special)

@@ -1,5 +1,6 @@
-// Random tokenizer files and texts. The input is a tokenizer.json, a zero byte and a text; without a zero byte it is a
-// text for the smallest tokenizer. Whatever loads must take the text and give it back.
+// Random tokenizer files and texts. The input is a tokenizer.json, a zero byte and a text; without
+// a zero byte it is a text for the smallest tokenizer. Whatever loads must take the text and give
+// it back.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

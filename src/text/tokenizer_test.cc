@@ -61,7 +61,8 @@ TEST(Tokenizer, IgnoreMergesTakesWholePieces) {
 
 TEST(Tokenizer, UserTextNeverBecomesAControlToken) {
   Json file = small_file();
-  // Control tokens that a file does not mark, as DeepSeek's <|User|>, and ones that are in the model's vocabulary too.
+  // Control tokens that a file does not mark, as DeepSeek's <|User|>, and ones that are in the
+  // model's vocabulary too.
   file["added_tokens"][2]["special"] = false;
   file["model"]["vocab"]["<|assistant|>"] = 259;
   for (const bool ignore_merges : {false, true}) {
@@ -100,7 +101,8 @@ TEST(Tokenizer, DecodingSkipsWhatHasNoText) {
 
 TEST(Tokenizer, RefusesTextThatIsNotUtf8) {
   const Tokenizer tokenizer = tokenizer_of(small_file());
-  for (const char* text : {"ab\xFF", "ab\xC0\x80", "ab\xED\xA0\x80", "ab\xE4\xBD", "ab\xF5\x80\x80\x80"}) {
+  for (const char* text :
+       {"ab\xFF", "ab\xC0\x80", "ab\xED\xA0\x80", "ab\xE4\xBD", "ab\xF5\x80\x80\x80"}) {
     try {
       tokenizer.encode(text, false, true);
       ADD_FAILURE() << "accepted " << printable(text);
@@ -120,10 +122,12 @@ TEST(Tokenizer, StreamEqualsFullDecode) {
     Ids ids;
     if (round % 2 == 0) {
       std::string text;
-      for (int i = 0; i < 6; ++i) append_utf8(static_cast<uint32_t>(rng.below(0xD800)) + (i % 2 ? 0xE000 : 0), text);
+      for (int i = 0; i < 6; ++i)
+        append_utf8(static_cast<uint32_t>(rng.below(0xD800)) + (i % 2 ? 0xE000 : 0), text);
       ids = tokenizer.encode(text, false, false);
     } else {
-      for (int i = 0; i < 12; ++i) ids.push_back(static_cast<int32_t>(rng.below(2) ? 0x80 + rng.below(128) : rng.below(262)));
+      for (int i = 0; i < 12; ++i)
+        ids.push_back(static_cast<int32_t>(rng.below(2) ? 0x80 + rng.below(128) : rng.below(262)));
     }
     for (const bool skip : {false, true}) {
       StreamDecoder stream(tokenizer, skip);
@@ -141,7 +145,8 @@ TEST(Tokenizer, StreamEqualsFullDecode) {
 
 TEST(Tokenizer, LongTextsRoundTrip) {
   const Tokenizer tokenizer = tokenizer_of(hello_file());
-  for (const std::string unit : {"l", "hello", " ", "7", "\n", "\xF0\x9F\x98\x80", "e\xCC\x81", "<|user|>", "<|use"}) {
+  for (const std::string unit :
+       {"l", "hello", " ", "7", "\n", "\xF0\x9F\x98\x80", "e\xCC\x81", "<|user|>", "<|use"}) {
     std::string text;
     while (text.size() < 300'000) text += unit;
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(text, false, true), false), text) << unit;
@@ -150,11 +155,13 @@ TEST(Tokenizer, LongTextsRoundTrip) {
 }
 
 TEST(ByteLevel, SmallestTokenizerFile) {
-  const std::string path = std::string(INDEXCACHE_SOURCE_DIR) + "/tests/corpus/tokenizer/byte_level.json";
+  const std::string path =
+      std::string(INDEXCACHE_SOURCE_DIR) + "/tests/corpus/tokenizer/byte_level.json";
   EXPECT_EQ(byte_level_tokenizer_json(260), read_text_file(path));
   const Tokenizer tokenizer = Tokenizer::parse(byte_level_tokenizer_json(1000), "generated");
   EXPECT_EQ(tokenizer.vocab_size(), 1000);
-  for (int byte = 0; byte < 256; ++byte) EXPECT_EQ(tokenizer.token_bytes(byte), std::string(1, static_cast<char>(byte)));
+  for (int byte = 0; byte < 256; ++byte)
+    EXPECT_EQ(tokenizer.token_bytes(byte), std::string(1, static_cast<char>(byte)));
   EXPECT_TRUE(tokenizer.is_special(999));
   EXPECT_THROW(byte_level_tokenizer_json(259), Error);
 }
@@ -183,7 +190,8 @@ TEST(TokenizerFile, RefusesBadFilesByName) {
       {"added empty", set("/added_tokens/0/content", ""), "\"content\""},
       {"added too long", set("/added_tokens/0/content", long_name), "at most 1024 bytes"},
       {"added as text", set("/added_tokens/0", "x"), "expected a JSON object"},
-      {"byte token missing", [](Json& file) { file["model"]["vocab"].erase("b"); }, "no token for the byte 0x62"},
+      {"byte token missing", [](Json& file) { file["model"]["vocab"].erase("b"); },
+       "no token for the byte 0x62"},
       {"byte token renamed",
        [](Json& file) {
          file["model"]["vocab"].erase("b");
@@ -204,11 +212,14 @@ TEST(TokenizerFile, RefusesBadFilesByName) {
       {"dropout", set("/model/dropout", 0.1), "dropout"},
       {"suffix", set("/model/end_of_word_suffix", "</w>"), "end_of_word_suffix"},
       {"normalizer", set("/normalizer", {{"type", "NFKC"}}), "normalizer NFKC is not supported"},
-      {"nested normalizer", set("/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "NFC"}}}}}),
+      {"nested normalizer",
+       set("/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "NFC"}}}}}),
        "normalizer NFC"},
       {"pre-tokenizer", set("/pre_tokenizer", {{"type", "Metaspace"}}), "Metaspace"},
       {"no pre-tokenizer", set("/pre_tokenizer", nullptr), "pre_tokenizer"},
-      {"no ByteLevel", set("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", Json::array()}}), "ByteLevel"},
+      {"no ByteLevel",
+       set("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", Json::array()}}),
+       "ByteLevel"},
       {"post-processor", set("/post_processor", {{"type", "BertProcessing"}}), "BertProcessing"},
       {"decoder", set("/decoder", {{"type", "WordPiece"}}), "decoder"},
       {"no decoder", set("/decoder", nullptr), "decoder"},
@@ -222,7 +233,8 @@ TEST(TokenizerFile, RefusesBadFilesByName) {
       ADD_FAILURE() << bad.name << " was accepted";
     } catch (const Error& error) {
       EXPECT_TRUE(std::string(error.what()).starts_with("test.json")) << error.what();
-      EXPECT_NE(std::string(error.what()).find(bad.expected), std::string::npos) << bad.name << ": " << error.what();
+      EXPECT_NE(std::string(error.what()).find(bad.expected), std::string::npos)
+          << bad.name << ": " << error.what();
       EXPECT_LT(std::string(error.what()).size(), 2000u) << bad.name;
     }
   }

@@ -15,7 +15,8 @@ Utf8Step utf8_step(std::string_view text, size_t at) {
 
   uint32_t length = 0;
   uint32_t code_point = 0;
-  // The second byte's range is narrower after the leads that could begin an overlong form, a surrogate or too much.
+  // The second byte's range is narrower after the leads that could begin an overlong form, a
+  // surrogate or too much.
   uint8_t low = 0x80;
   uint8_t high = 0xBF;
   if (lead >= 0xC2 && lead <= 0xDF) {

@@ -9,9 +9,9 @@
 
 namespace indexcache {
 
-// One step through text. A valid character has `valid` set. Otherwise `length` covers the bytes that one U+FFFD stands
-// for: the longest prefix of a character that is there, at least one byte (the rule of Unicode 16, chapter 3.9, table
-// 3-11, which Rust's from_utf8_lossy also follows).
+// One step through text. A valid character has `valid` set. Otherwise `length` covers the bytes
+// that one U+FFFD stands for: the longest prefix of a character that is there, at least one byte
+// (the rule of Unicode 16, chapter 3.9, table 3-11, which Rust's from_utf8_lossy also follows).
 struct Utf8Step {
   uint32_t code_point;
   uint32_t length;
@@ -29,8 +29,8 @@ std::string replace_invalid_utf8(std::string_view text);
 
 void append_utf8(uint32_t code_point, std::string& out);
 
-// Bytes in, whole characters out. What push() returns, concatenated and followed by finish(), equals
-// replace_invalid_utf8() of all the bytes.
+// Bytes in, whole characters out. What push() returns, concatenated and followed by finish(),
+// equals replace_invalid_utf8() of all the bytes.
 class Utf8Stream {
  public:
   std::string push(std::string_view bytes);

@@ -13,7 +13,9 @@ namespace {
 const OpImpl<MatmulArgs> kMatmulImpls[] = {
     {"onednn_tiles", matmul_onednn_tiles_supported, matmul_onednn},
     {"avx512bf16", [](const MatmulArgs&) { return cpu_features().avx512_bf16; },
-     [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx512bf16::kMatmulKernels, exec, args); }},
+     [](Exec& exec, const MatmulArgs& args) {
+       matmul_vector(avx512bf16::kMatmulKernels, exec, args);
+     }},
     {"avx512", [](const MatmulArgs&) { return cpu_features().avx512; },
      [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx512::kMatmulKernels, exec, args); }},
     {"avx2", [](const MatmulArgs&) { return cpu_features().avx2; },
@@ -27,7 +29,8 @@ void check_group(const MatmulGroup& group) {
   CHECK_GE(group.m, 0);
   CHECK_GE(w.rows, 0);
   CHECK_GE(w.cols, 0);
-  CHECK(w.dtype == DType::kF32 || w.dtype == DType::kF16 || w.dtype == DType::kBF16 || w.dtype == DType::kF8E4M3);
+  CHECK(w.dtype == DType::kF32 || w.dtype == DType::kF16 || w.dtype == DType::kBF16 ||
+        w.dtype == DType::kF8E4M3);
   if (group.m == 0 || w.rows == 0) return;
   CHECK(group.y != nullptr);
   if (group.m > 1) {

@@ -2,17 +2,20 @@
 //
 //   y[m, n] = sum_k x[m, k] * w[n, k]          (+ y[m, n] first, with `accumulate`)
 //
-// x and y are float32 with a row stride, so that a slice of the heads of a wider tensor can be read and written in
-// place; w is a checkpoint tensor in its own type, read where it is mapped. Groups share one call so that the experts of
-// a layer, or the projections of one input, cost one synchronisation of the threads. Output ranges must not overlap.
+// x and y are float32 with a row stride, so that a slice of the heads of a wider tensor can be read
+// and written in place; w is a checkpoint tensor in its own type, read where it is mapped. Groups
+// share one call so that the experts of a layer, or the projections of one input, cost one
+// synchronisation of the threads. Output ranges must not overlap.
 //
-// Types. w may be f32, f16, bf16 or fp8 e4m3 with 128x128 block scales (w = fp8 * scale_inv). With `Compute::kF32` both
-// operands are used as float32. With `Compute::kBF16` both are rounded to bf16 (ties to even) before the product.
-// Products are accumulated in float32 either way.
-// Tolerance against ref, which accumulates in double: |y - ref| <= 2 K eps sum_k |x w|, eps = 2^-24 (K roundings of
-// the partial sums, one of each product), evaluated on the operands after rounding.
-// Edge cases: m = 0 writes nothing; k = 0 writes zeros (or leaves y with `accumulate`); NaN and infinity propagate.
-// Cost: 2 m n k flops; m k + n k + m n elements.
+// Types. w may be f32, f16, bf16 or fp8 e4m3 with 128x128 block scales (w = fp8 * scale_inv). With
+// `Compute::kF32` both operands are used as float32. With `Compute::kBF16` both are rounded to bf16
+// (ties to even) before the product. Products are accumulated in float32 either way. Tolerance
+// against ref, which accumulates in double: |y - ref| <= 2 K eps sum_k |x w|, eps = 2^-24 (K
+// roundings of the partial sums, one of each product), evaluated on the operands after rounding.
+// With `accumulate` y counts as one more product. With `Compute::kBF16`, operands that are subnormal
+// in bf16 may count as zero.
+// Edge cases: m = 0 writes nothing; k = 0 writes zeros (or leaves y with `accumulate`); NaN and
+// infinity propagate. Cost: 2 m n k flops; m k + n k + m n elements.
 #pragma once
 
 #include <span>
@@ -38,8 +41,8 @@ struct MatmulGroup {
   const float* x = nullptr;  // [m, k], row stride ldx
   int64_t ldx = 0;
   int64_t m = 0;
-  Weight w;                  // [n, k]
-  float* y = nullptr;        // [m, n], row stride ldy
+  Weight w;            // [n, k]
+  float* y = nullptr;  // [m, n], row stride ldy
   int64_t ldy = 0;
 };
 

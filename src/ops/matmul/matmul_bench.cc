@@ -1,7 +1,9 @@
-// matmul on the shapes of DeepSeek-V3.2 and GLM layers, every implementation that this machine can run.
+// matmul on the shapes of DeepSeek-V3.2 and GLM layers, every implementation that this machine can
+// run.
 //
-//   peak_pct  GFLOP/s in % of what all threads reach with the best multiply-add of that type, registers only
-//   read_pct  GB/s by the contract's cost in % of what all threads reach reading memory
+//   peak_pct  GFLOP/s in % of what all threads reach with the best multiply-add of that type,
+//   registers only read_pct  GB/s by the contract's cost in % of what all threads reach reading
+//   memory
 // Decode shapes walk through enough copies of the weights that none is left in the cache.
 #include <benchmark/benchmark.h>
 #include <immintrin.h>
@@ -30,12 +32,12 @@ struct BenchShape {
 };
 
 constexpr BenchShape kShapes[] = {
-    {"proj", 512, 1024, 512, 1},    {"proj", 512, 512, 4096, 1},     {"proj", 512, 1024, 576, 1},
-    {"proj", 512, 4096, 1024, 1},   {"ffn", 512, 1024, 2048, 1},     {"ffn", 512, 2048, 1024, 1},
-    {"heads", 512, 192, 512, 16},   {"heads", 512, 512, 256, 16},    {"heads", 512, 64, 128, 8},
-    {"experts", 128, 1024, 512, 8}, {"experts", 128, 512, 1024, 8},  {"experts", 16, 1024, 512, 8},
-    {"decode", 1, 1024, 2048, 1},   {"decode", 1, 4096, 1024, 1},    {"decode", 1, 512, 4096, 1},
-    {"decode", 1, 1024, 512, 8},    {"decode", 4, 1024, 2048, 1},    {"decode", 8, 1024, 2048, 1},
+    {"proj", 512, 1024, 512, 1},    {"proj", 512, 512, 4096, 1},    {"proj", 512, 1024, 576, 1},
+    {"proj", 512, 4096, 1024, 1},   {"ffn", 512, 1024, 2048, 1},    {"ffn", 512, 2048, 1024, 1},
+    {"heads", 512, 192, 512, 16},   {"heads", 512, 512, 256, 16},   {"heads", 512, 64, 128, 8},
+    {"experts", 128, 1024, 512, 8}, {"experts", 128, 512, 1024, 8}, {"experts", 16, 1024, 512, 8},
+    {"decode", 1, 1024, 2048, 1},   {"decode", 1, 4096, 1024, 1},   {"decode", 1, 512, 4096, 1},
+    {"decode", 1, 1024, 512, 8},    {"decode", 4, 1024, 2048, 1},   {"decode", 8, 1024, 2048, 1},
 };
 
 __attribute__((target("avx512f,avx512bf16"))) void dot_peak() {
@@ -79,7 +81,8 @@ __attribute__((target("avx2"))) void read_all(const uint8_t* data, size_t num_by
   for (size_t i = 0; i < num_bytes; i += 256) {
 #pragma GCC unroll 8
     for (size_t j = 0; j < 8; ++j) {
-      sum[j] = _mm256_xor_si256(sum[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+      sum[j] = _mm256_xor_si256(
+          sum[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
     }
   }
   for (__m256i& s : sum) asm volatile("" : "+x"(s));
@@ -107,18 +110,21 @@ const Ceilings& ceilings() {
     const auto steps = static_cast<double>(threads * kPeakSteps);
     Ceilings result;
     const bool wide = cpu_features().avx512;
-    const double fma = best_seconds(exec, threads, [&](int64_t, int) { wide ? fma512_peak() : fma256_peak(); });
+    const double fma =
+        best_seconds(exec, threads, [&](int64_t, int) { wide ? fma512_peak() : fma256_peak(); });
     result.f32_flops = steps * 2 * (wide ? 16 * 16 : 12 * 8) / fma;
     result.bf16_flops = result.f32_flops;
     if (cpu_features().avx512_bf16) {
-      result.bf16_flops = steps * 16 * 64 / best_seconds(exec, threads, [](int64_t, int) { dot_peak(); });
+      result.bf16_flops =
+          steps * 16 * 64 / best_seconds(exec, threads, [](int64_t, int) { dot_peak(); });
     }
     const std::vector<uint8_t> memory(kBeyondCacheBytes, 1);
     const size_t piece = size_t{1} << 20;
     const auto num_pieces = static_cast<int64_t>(memory.size() / piece);
-    result.read_bytes = static_cast<double>(memory.size()) / best_seconds(exec, num_pieces, [&](int64_t i, int) {
-                          read_all(memory.data() + static_cast<size_t>(i) * piece, piece);
-                        });
+    result.read_bytes =
+        static_cast<double>(memory.size()) / best_seconds(exec, num_pieces, [&](int64_t i, int) {
+          read_all(memory.data() + static_cast<size_t>(i) * piece, piece);
+        });
     return result;
   }();
   return measured;
@@ -141,8 +147,9 @@ std::vector<uint8_t> random_weights(DType dtype, int64_t count) {
 void run_shape(benchmark::State& state, const char* impl, const BenchShape& shape, DType dtype) {
   const auto [what, m, k, n, num_groups] = shape;
   const int64_t weight_bytes = n * k * dtype_bytes(dtype);
-  const int64_t copies =
-      m > 8 ? 1 : std::max<int64_t>(1, static_cast<int64_t>(kBeyondCacheBytes) / (weight_bytes * num_groups));
+  const int64_t copies = m > 8 ? 1
+                               : std::max<int64_t>(1, static_cast<int64_t>(kBeyondCacheBytes) /
+                                                          (weight_bytes * num_groups));
   const std::vector<uint8_t> weights = random_weights(dtype, n * k * num_groups * copies);
   const std::vector<float> scales(static_cast<size_t>((n / 128 + 1) * (k / 128 + 1)), 0.013f);
   const bool heads = std::string_view(what) == "heads";
@@ -160,17 +167,23 @@ void run_shape(benchmark::State& state, const char* impl, const BenchShape& shap
     for (int64_t g = 0; g < num_groups; ++g) {
       const uint8_t* w = weights.data() + (copy * num_groups + g) * weight_bytes;
       // Heads are slices of a wide row; experts and the rest are matrices of their own.
-      groups[static_cast<size_t>(g)] = {x.data() + (heads ? g * k : g * m * k), heads ? num_groups * k : k, m,
+      groups[static_cast<size_t>(g)] = {x.data() + (heads ? g * k : g * m * k),
+                                        heads ? num_groups * k : k,
+                                        m,
                                         {dtype, n, k, w, scales.data()},
-                                        y.data() + (heads ? g * n : g * m * n), heads ? num_groups * n : n};
+                                        y.data() + (heads ? g * n : g * m * n),
+                                        heads ? num_groups * n : n};
     }
     matmul(exec, args);
     copy = (copy + 1) % copies;
   }
   const Cost cost = matmul_cost(args);
   const auto calls = static_cast<double>(state.iterations());
-  const double flops_peak = args.compute == Compute::kBF16 ? ceilings().bf16_flops : ceilings().f32_flops;
-  const auto rate = [&](double amount) { return benchmark::Counter(amount * calls, benchmark::Counter::kIsRate); };
+  const double flops_peak =
+      args.compute == Compute::kBF16 ? ceilings().bf16_flops : ceilings().f32_flops;
+  const auto rate = [&](double amount) {
+    return benchmark::Counter(amount * calls, benchmark::Counter::kIsRate);
+  };
   state.counters["GFLOP/s"] = rate(cost.flops * 1e-9);
   state.counters["GB/s"] = rate(cost.bytes * 1e-9);
   state.counters["peak_pct"] = rate(cost.flops / flops_peak * 100);
@@ -182,12 +195,14 @@ const bool kRegistered = [] {
     for (const BenchShape& shape : kShapes) {
       for (const OpImpl<MatmulArgs>& impl : matmul_impls()) {
         // Asked with the dtype only: what a shape can change, support for tiles, is the same here.
-        const MatmulGroup group = {nullptr, shape.k, shape.m, {dtype, shape.n, shape.k, nullptr, nullptr}, nullptr,
-                                   shape.n};
+        const MatmulGroup group = {nullptr, shape.k,
+                                   shape.m, {dtype, shape.n, shape.k, nullptr, nullptr},
+                                   nullptr, shape.n};
         const MatmulArgs args{{&group, 1}, dtype == DType::kF32 ? Compute::kF32 : Compute::kBF16};
         if (std::string_view(impl.name) == "ref" || !impl.supported(args)) continue;
-        const std::string name = fmt::format("matmul/{}/{}/{}/{}x{}x{}x{}", impl.name, dtype_name(dtype), shape.what,
-                                             shape.num_groups, shape.m, shape.k, shape.n);
+        const std::string name =
+            fmt::format("matmul/{}/{}/{}/{}x{}x{}x{}", impl.name, dtype_name(dtype), shape.what,
+                        shape.num_groups, shape.m, shape.k, shape.n);
         benchmark::RegisterBenchmark(name.c_str(),
                                      [name = impl.name, &shape, dtype](benchmark::State& state) {
                                        run_shape(state, name, shape, dtype);

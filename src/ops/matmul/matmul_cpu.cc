@@ -1,5 +1,5 @@
-// The vector kernels of matmul: 12 rows of w by 2 panels of x at a time for many rows of x, 4 rows of w by up to 4 rows of
-// x, lanes along k, for few.
+// The vector kernels of matmul. Many rows of x: 12 rows of w by 2 panels of x, lanes are rows of x.
+// Few: 4 rows of w by up to 4 rows of x, lanes along k. (With AVX2: 6 by 2 panels, 2 by 4.)
 #include "ops/kit/vec.h"
 #include "ops/matmul/matmul_kernels.h"
 
@@ -8,10 +8,12 @@ namespace INDEXCACHE_ISA {
 namespace {
 
 constexpr int64_t kScaleBlock = 128;
-constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with 2 panels: 24 of 32 or 12 of 16 registers hold sums
+constexpr int kTileRows =
+    kLanes == 16 ? 12 : 6;  // with 2 panels: 24 of 32 or 12 of 16 registers hold sums
 constexpr int kTilePanels = 2;
-constexpr int64_t kBlockWords = 256;                  // of k: a tile of w stays in L1 while panels pass
-constexpr int64_t kTileStride = kBlockWords + 16;     // not a power of two: rows must not share L1 sets
+constexpr int64_t kBlockWords = 256;  // of k: a tile of w stays in L1 while panels pass
+constexpr int64_t kTileStride =
+    kBlockWords + 16;  // not a power of two: rows must not share L1 sets
 constexpr int kSmallRows = kLanes == 16 ? 4 : 2;
 constexpr int kSmallM = 4;
 
@@ -20,7 +22,8 @@ enum class Words { kF32, kF32RoundedToBF16, kBF16Pair };
 constexpr int kWeightBytes[] = {4, 2, 2, 1};  // by WeightType
 
 template <Words kWords>
-constexpr int kElements = kWords == Words::kBF16Pair ? 2 * kLanes : kLanes;  // of one vector of words
+constexpr int kElements =
+    kWords == Words::kBF16Pair ? 2 * kLanes : kLanes;  // of one vector of words
 
 template <Words kWords>
 INDEXCACHE_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
@@ -37,8 +40,10 @@ INDEXCACHE_INLINE Vec round_to_bf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
-  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                  _mm512_set1_epi32(0x7FC00000));
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 
 // e4m3 to float32: the bits in place give the value times 2^-120, subnormals too.
@@ -93,8 +98,9 @@ INDEXCACHE_INLINE Vec round_to_bf16(Vec v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-  const Vec kept = _mm256_and_ps(_mm256_castsi256_ps(rounded),
-                                 _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  const Vec kept =
+      _mm256_and_ps(_mm256_castsi256_ps(rounded),
+                    _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
   const Vec nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
   return _mm256_blendv_ps(kept, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
 }
@@ -106,15 +112,20 @@ INDEXCACHE_INLINE Vec load_f8(const uint8_t* p, Vec scale) {
   const Vec small = _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(magnitude, 20), sign));
   const Vec value = vec_mul(vec_mul(small, vec_set(0x1.0p120f)), scale);
   const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
-  return _mm256_blendv_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), _mm256_castsi256_ps(nan));
+  return _mm256_blendv_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)),
+                          _mm256_castsi256_ps(nan));
 }
 
 INDEXCACHE_INLINE __m256i first_lanes(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
 }
-INDEXCACHE_INLINE Vec load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
-INDEXCACHE_INLINE void store_first(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+INDEXCACHE_INLINE Vec load_first(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+INDEXCACHE_INLINE void store_first(float* p, Vec v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
 
 INDEXCACHE_INLINE void transpose(Vec (&v)[8]) {
   Vec t[8];
@@ -143,15 +154,18 @@ INDEXCACHE_INLINE void transpose(Vec (&v)[8]) {
 template <WeightType kType>
 INDEXCACHE_INLINE Vec load_f32(const uint8_t* p, Vec scale) {
   if constexpr (kType == WeightType::kF32) return vec_load(reinterpret_cast<const float*>(p));
-  if constexpr (kType == WeightType::kF16) return vec_load_f16(reinterpret_cast<const uint16_t*>(p));
-  if constexpr (kType == WeightType::kBF16) return vec_load_bf16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == WeightType::kF16)
+    return vec_load_f16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == WeightType::kBF16)
+    return vec_load_bf16(reinterpret_cast<const uint16_t*>(p));
   if constexpr (kType == WeightType::kF8E4M3) return load_f8(p, scale);
 }
 
 // kElements elements at p as one vector of words.
 template <WeightType kType, Words kWords>
 INDEXCACHE_INLINE Vec load_words(const uint8_t* p, Vec scale) {
-  if constexpr (kWords == Words::kF32 || (kWords == Words::kF32RoundedToBF16 && kType == WeightType::kBF16)) {
+  if constexpr (kWords == Words::kF32 ||
+                (kWords == Words::kF32RoundedToBF16 && kType == WeightType::kBF16)) {
     return load_f32<kType>(p, scale);
   } else if constexpr (kWords == Words::kF32RoundedToBF16) {
     return round_to_bf16(load_f32<kType>(p, scale));
@@ -177,9 +191,11 @@ INDEXCACHE_INLINE Vec load_last_words(const uint8_t* p, int64_t count, Vec scale
   return load_words<kType, kWords>(buffer, scale);
 }
 
-// Elements of one row as words, the last vector filled with zeros. `scale` are those of the elements' blocks of 128.
+// Elements of one row as words, the last vector filled with zeros. `scale` are those of the
+// elements' blocks of 128.
 template <WeightType kType, Words kWords>
-INDEXCACHE_INLINE void row_to_words(const uint8_t* p, int64_t count, const float* scale, float* out) {
+INDEXCACHE_INLINE void row_to_words(const uint8_t* p, int64_t count, const float* scale,
+                                    float* out) {
   constexpr int64_t kStep = kElements<kWords>;
   constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
   const auto scale_at = [scale](int64_t i) {
@@ -189,7 +205,8 @@ INDEXCACHE_INLINE void row_to_words(const uint8_t* p, int64_t count, const float
   for (; i + kStep <= count; i += kStep, out += kLanes) {
     vec_store(out, load_words<kType, kWords>(p + i * kBytes, scale_at(i)));
   }
-  if (i < count) vec_store(out, load_last_words<kType, kWords>(p + i * kBytes, count - i, scale_at(i)));
+  if (i < count)
+    vec_store(out, load_last_words<kType, kWords>(p + i * kBytes, count - i, scale_at(i)));
 }
 
 // Calls f.template operator()<kType, kWords>().
@@ -197,10 +214,14 @@ template <class F>
 INDEXCACHE_INLINE void with_words(WeightType type, bool bf16, const F& f) {
   const auto with_type = [&]<Words kWords>() {
     switch (type) {
-      case WeightType::kF32: return f.template operator()<WeightType::kF32, kWords>();
-      case WeightType::kF16: return f.template operator()<WeightType::kF16, kWords>();
-      case WeightType::kBF16: return f.template operator()<WeightType::kBF16, kWords>();
-      case WeightType::kF8E4M3: return f.template operator()<WeightType::kF8E4M3, kWords>();
+      case WeightType::kF32:
+        return f.template operator()<WeightType::kF32, kWords>();
+      case WeightType::kF16:
+        return f.template operator()<WeightType::kF16, kWords>();
+      case WeightType::kBF16:
+        return f.template operator()<WeightType::kBF16, kWords>();
+      case WeightType::kF8E4M3:
+        return f.template operator()<WeightType::kF8E4M3, kWords>();
     }
   };
   if (!bf16) return with_type.template operator()<Words::kF32>();
@@ -218,8 +239,9 @@ void pack_rows(const MatmulPackArgs& args) {
   const int64_t stride = round_up(words_of(args.k, args.bf16), kLanes);
   with_words(WeightType::kF32, args.bf16, [&]<WeightType kType, Words kWords>() {
     for (int64_t row = 0; row < args.num_rows; ++row) {
-      row_to_words<WeightType::kF32, kWords>(reinterpret_cast<const uint8_t*>(args.x + row * args.ldx), args.k, nullptr,
-                                             args.out + row * stride);
+      row_to_words<WeightType::kF32, kWords>(
+          reinterpret_cast<const uint8_t*>(args.x + row * args.ldx), args.k, nullptr,
+          args.out + row * stride);
     }
   });
 }
@@ -249,8 +271,8 @@ void pack_panel(const MatmulPackArgs& args) {
 
 // sums[r][16 p + lane] (+)= over words: w[r][word] x[p][word][lane]
 template <Words kWords, int kRows, int kPanels>
-void tile(const float* w, const float* x, int64_t panel_stride, int64_t num_words, bool first, float* sums,
-          int64_t sums_stride) {
+void tile(const float* w, const float* x, int64_t panel_stride, int64_t num_words, bool first,
+          float* sums, int64_t sums_stride) {
   Vec sum[kRows][kPanels];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -277,10 +299,12 @@ void tile(const float* w, const float* x, int64_t panel_stride, int64_t num_word
   }
 }
 
-// Heights of a tile are thirds of the full one; rows above `num_rows` of the scratch are computed and not stored.
+// Heights of a tile are thirds of the full one; rows above `num_rows` of the scratch are computed
+// and not stored.
 template <Words kWords, int kPanels>
-INDEXCACHE_INLINE void tile_of_rows(int64_t num_rows, const float* w, const float* x, int64_t panel_stride,
-                                    int64_t num_words, bool first, float* sums, int64_t sums_stride) {
+INDEXCACHE_INLINE void tile_of_rows(int64_t num_rows, const float* w, const float* x,
+                                    int64_t panel_stride, int64_t num_words, bool first,
+                                    float* sums, int64_t sums_stride) {
   constexpr int kThird = kTileRows / 3;
   if (num_rows > 2 * kThird) {
     tile<kWords, 3 * kThird, kPanels>(w, x, panel_stride, num_words, first, sums, sums_stride);
@@ -292,14 +316,16 @@ INDEXCACHE_INLINE void tile_of_rows(int64_t num_rows, const float* w, const floa
 }
 
 // sums [rows][lanes] to num_m rows of y.
-INDEXCACHE_INLINE void store_transposed(const MatmulRowsArgs& args, const float* sums, int64_t sums_stride, int64_t m) {
+INDEXCACHE_INLINE void store_transposed(const MatmulRowsArgs& args, const float* sums,
+                                        int64_t sums_stride, int64_t m) {
   const int64_t num_rows = args.row_end - args.row_begin;
   const int64_t num_m = args.m - m < kLanes ? args.m - m : kLanes;
   for (int64_t row = 0; row < num_rows; row += kLanes) {
     const int64_t count = num_rows - row < kLanes ? num_rows - row : kLanes;
     Vec v[kLanes];
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < kLanes; ++r) v[r] = vec_load(sums + (r < count ? row + r : row) * sums_stride);
+    for (int64_t r = 0; r < kLanes; ++r)
+      v[r] = vec_load(sums + (r < count ? row + r : row) * sums_stride);
     transpose(v);
     float* y = args.y + m * args.ldy + args.row_begin + row;
     for (int64_t i = 0; i < num_m; ++i, y += args.ldy) {
@@ -353,11 +379,12 @@ void panel_rows(const MatmulRowsArgs& args) {
         for (int64_t r = 0; r < num_rows; r += kTileRows) {
           float* tile_sums = sums + r * sums_stride + panel * kLanes;
           if (panel + kTilePanels <= num_panels) {
-            tile_of_rows<kWords, kTilePanels>(num_rows - r, block + r * kTileStride, x, panel_stride, count, word == 0,
-                                              tile_sums, sums_stride);
+            tile_of_rows<kWords, kTilePanels>(num_rows - r, block + r * kTileStride, x,
+                                              panel_stride, count, word == 0, tile_sums,
+                                              sums_stride);
           } else {
-            tile_of_rows<kWords, 1>(num_rows - r, block + r * kTileStride, x, panel_stride, count, word == 0, tile_sums,
-                                    sums_stride);
+            tile_of_rows<kWords, 1>(num_rows - r, block + r * kTileStride, x, panel_stride, count,
+                                    word == 0, tile_sums, sums_stride);
           }
         }
         for (int64_t p = panel; last && p < num_panels && p < panel + kTilePanels; ++p) {
@@ -368,91 +395,153 @@ void panel_rows(const MatmulRowsArgs& args) {
   });
 }
 
-// y[m][row] of kRows rows of w and kM rows of x.
+// Some rows of w, and where their products with packed rows of x go.
+struct SmallTile {
+  const uint8_t* w;
+  int64_t row_bytes;
+  int64_t k;
+  const float* scale_inv;  // fp8: of the rows' first block
+  const float* x;
+  int64_t x_stride;
+  float* y;  // column of the first row
+  int64_t ldy;
+  bool accumulate;
+};
+
+// kRows rows of w by rows [m, m + kM) of x.
 template <WeightType kType, Words kWords, int kRows, int kM>
-INDEXCACHE_INLINE void small_tile(const MatmulRowsArgs& args, int64_t row, int64_t m) {
+INDEXCACHE_INLINE void multiply_small(const SmallTile& tile, int64_t m) {
   constexpr int64_t kStep = kElements<kWords>;
   constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
-  const int64_t x_stride = round_up(words_of(args.k, args.bf16), kLanes);
-  const int64_t row_bytes = args.k * kBytes;
-  const uint8_t* w = args.w + row * row_bytes;
-  const float* x = args.x + m * x_stride;
-  const int64_t scale_stride = (args.k + kScaleBlock - 1) / kScaleBlock;
-
+  const float* x = tile.x + m * tile.x_stride;
   Vec sum[kRows][kM];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kM; ++j) sum[r][j] = vec_zero();
   }
-  const auto add_words = [&](const Vec (&words)[kRows], const float* x_words) __attribute__((always_inline)) {
+  const auto add_words = [&](const Vec(&words)[kRows]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < kM; ++j) {
-      const Vec v = vec_load(x_words + j * x_stride);
+      const Vec v = vec_load(x + j * tile.x_stride);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sum[r][j] = multiply_add<kWords>(words[r], v, sum[r][j]);
     }
   };
-  // All rows of a tile lie in one block row: tiles start at multiples of kSmallRows, which divides 128.
   const auto scale_at = [&](int64_t i) __attribute__((always_inline)) {
-    if constexpr (kType == WeightType::kF8E4M3) {
-      return vec_set(args.scale_inv[row / kScaleBlock * scale_stride + i / kScaleBlock]);
-    } else {
-      return vec_zero();
-    }
+    return kType == WeightType::kF8E4M3 ? vec_set(tile.scale_inv[i / kScaleBlock]) : vec_zero();
   };
   int64_t i = 0;
-  for (; i + kStep <= args.k; i += kStep, x += kLanes) {
+  for (; i + kStep <= tile.k; i += kStep, x += kLanes) {
     const Vec scale = scale_at(i);
     Vec words[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const uint8_t* p = w + r * row_bytes + i * kBytes;
+      const uint8_t* p = tile.w + r * tile.row_bytes + i * kBytes;
       words[r] = load_words<kType, kWords>(p, scale);
-      __builtin_prefetch(p + kRows * row_bytes, 0, 2);
+      // The next tile's row: hardware prefetching starts anew with each short row.
+      __builtin_prefetch(p + kRows * tile.row_bytes, 0, 2);
     }
-    add_words(words, x);
+    add_words(words);
   }
-  if (i < args.k) {
+  if (i < tile.k) {
     const Vec scale = scale_at(i);
     Vec words[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      words[r] = load_last_words<kType, kWords>(w + r * row_bytes + i * kBytes, args.k - i, scale);
+      words[r] = load_last_words<kType, kWords>(tile.w + r * tile.row_bytes + i * kBytes,
+                                                tile.k - i, scale);
     }
-    add_words(words, x);
+    add_words(words);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < kM; ++j) {
-    float* y = args.y + (m + j) * args.ldy + row;
+    float* y = tile.y + (m + j) * tile.ldy;
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) y[r] = vec_sum(sum[r][j]) + (args.accumulate ? y[r] : 0.0f);
+    for (int r = 0; r < kRows; ++r) y[r] = vec_sum(sum[r][j]) + (tile.accumulate ? y[r] : 0.0f);
   }
 }
 
 template <WeightType kType, Words kWords, int kRows>
-INDEXCACHE_INLINE void small_tile_of_m(const MatmulRowsArgs& args, int64_t row) {
+INDEXCACHE_INLINE void multiply_small_all(const SmallTile& tile, int64_t num_m) {
   int64_t m = 0;
-  for (; m + kSmallM <= args.m; m += kSmallM) small_tile<kType, kWords, kRows, 4>(args, row, m);
-  switch (args.m - m) {
-    case 1: return small_tile<kType, kWords, kRows, 1>(args, row, m);
-    case 2: return small_tile<kType, kWords, kRows, 2>(args, row, m);
-    case 3: return small_tile<kType, kWords, kRows, 3>(args, row, m);
+  for (; m + kSmallM <= num_m; m += kSmallM) multiply_small<kType, kWords, kRows, 4>(tile, m);
+  switch (num_m - m) {
+    case 1:
+      return multiply_small<kType, kWords, kRows, 1>(tile, m);
+    case 2:
+      return multiply_small<kType, kWords, kRows, 2>(tile, m);
+    case 3:
+      return multiply_small<kType, kWords, kRows, 3>(tile, m);
   }
+}
+
+template <WeightType kType, Words kWords, int kRows>
+INDEXCACHE_INLINE void small_rows_at(const MatmulRowsArgs& args, int64_t row) {
+  constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+  // The type whose bytes are words already.
+  constexpr WeightType kWordType =
+      kWords == Words::kBF16Pair ? WeightType::kBF16 : WeightType::kF32;
+  const int64_t x_stride = round_up(words_of(args.k, args.bf16), kLanes);
+  SmallTile tile = {args.w + row * args.k * kBytes,
+                    args.k * kBytes,
+                    args.k,
+                    nullptr,
+                    args.x,
+                    x_stride,
+                    args.y + row,
+                    args.ldy,
+                    args.accumulate};
+  // All rows of a tile lie in one row of blocks: tiles start at multiples of kSmallRows, which
+  // divides 128.
+  if constexpr (kType == WeightType::kF8E4M3) {
+    tile.scale_inv =
+        args.scale_inv + row / kScaleBlock * ((args.k + kScaleBlock - 1) / kScaleBlock);
+  }
+  if constexpr (kType != kWordType) {
+    if (args.m > kSmallM) {  // several passes: convert once
+      auto* const words = reinterpret_cast<float*>(args.scratch);
+      for (int r = 0; r < kRows; ++r) {
+        row_to_words<kType, kWords>(tile.w + r * tile.row_bytes, args.k, tile.scale_inv,
+                                    words + r * x_stride);
+      }
+      tile.w = args.scratch;
+      tile.row_bytes = x_stride * static_cast<int64_t>(sizeof(float));
+      tile.k = x_stride * (kWords == Words::kBF16Pair ? 2 : 1);
+      constexpr Words kReady = kWords == Words::kBF16Pair ? kWords : Words::kF32;
+      return multiply_small_all<kWordType, kReady, kRows>(tile, args.m);
+    }
+  }
+  multiply_small_all<kType, kWords, kRows>(tile, args.m);
+}
+
+int64_t small_scratch_bytes(int64_t k) {
+  return kSmallRows * round_up(k, kLanes) * static_cast<int64_t>(sizeof(float));
 }
 
 void small_rows(const MatmulRowsArgs& args) {
   with_words(args.type, args.bf16, [&]<WeightType kType, Words kWords>() {
     int64_t row = args.row_begin;
-    for (; row + kSmallRows <= args.row_end; row += kSmallRows) small_tile_of_m<kType, kWords, kSmallRows>(args, row);
-    for (; row < args.row_end; ++row) small_tile_of_m<kType, kWords, 1>(args, row);
+    for (; row + kSmallRows <= args.row_end; row += kSmallRows)
+      small_rows_at<kType, kWords, kSmallRows>(args, row);
+    for (; row < args.row_end; ++row) small_rows_at<kType, kWords, 1>(args, row);
   });
 }
 
 }  // namespace
 
 extern const MatmulKernels kMatmulKernels = {
-    kLanes, kTileRows, kSmallRows, kHasDot, pack_panel, pack_rows, panel_rows, panel_scratch_bytes, small_rows,
+    .lanes = kLanes,
+    .has_dot = kHasDot,
+    .tile_rows = kTileRows,
+    .small_tile_rows = kSmallRows,
+    .max_small_m = kLanes == 16 ? 64 : 12,
+    .pack_panel = pack_panel,
+    .pack_rows = pack_rows,
+    .panel_rows = panel_rows,
+    .panel_scratch_bytes = panel_scratch_bytes,
+    .small_rows = small_rows,
+    .small_scratch_bytes = small_scratch_bytes,
 };
 
 }  // namespace INDEXCACHE_ISA

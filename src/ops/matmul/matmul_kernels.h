@@ -1,8 +1,9 @@
-// What matmul.cc asks of the vector kernels, which are compiled once per instruction set. Plain data only (ops/kit/isa.h
-// says why).
+// What matmul.cc asks of the vector kernels, which are compiled once per instruction set. Plain
+// data only (ops/kit/isa.h says why).
 //
-// Both operands are brought to 32-bit words along k: one float32, or, where the dot instruction serves Compute::kBF16, a
-// pair of bf16. A word of x and a word of w are multiplied and added to a float32 sum in one instruction.
+// Both operands are brought to 32-bit words along k: one float32, or, where the dot instruction
+// serves Compute::kBF16, a pair of bf16. A word of x and a word of w are multiplied and added to a
+// float32 sum in one instruction.
 #pragma once
 
 #include <stdint.h>
@@ -35,28 +36,31 @@ struct MatmulRowsArgs {
   float* y = nullptr;  // [m, n], row stride ldy
   int64_t ldy = 0;
   bool accumulate = false;
-  uint8_t* scratch = nullptr;  // panels: `panel_scratch_bytes`
+  uint8_t* scratch = nullptr;  // `panel_scratch_bytes` or `small_scratch_bytes` of it
 };
 
 struct MatmulKernels {
-  int64_t lanes;      // rows of x in a panel
-  int64_t tile_rows;  // rows of w that panel_rows takes together; item boundaries are best multiples
-  int64_t small_tile_rows;  // the same of small_rows; divides the 128 rows of a block of scales, boundaries are multiples
-  bool has_dot;       // with bf16 a word is a pair
+  int64_t lanes;            // rows of x in a panel
+  bool has_dot;             // with bf16 a word is a pair
+  int64_t tile_rows;        // items of panel_rows are best multiples of this many rows of w
+  int64_t small_tile_rows;  // items of small_rows must begin at multiples; divides the 128 rows of
+                            // a block of scales
+  int64_t max_small_m;      // up to here small_rows is the faster one
 
   // At most `lanes` rows to one panel [words of k][lanes]; missing rows are zero.
   void (*pack_panel)(const MatmulPackArgs& args);
   // To [num_rows][words of k, a multiple of lanes], the end filled with zeros.
   void (*pack_rows)(const MatmulPackArgs& args);
-  // Lanes are rows of x; x is ceil(m / lanes) panels. For m of some lanes and more.
+  // x is ceil(m / lanes) panels.
   void (*panel_rows)(const MatmulRowsArgs& args);
   int64_t (*panel_scratch_bytes)(int64_t num_rows, int64_t m);
-  // Lanes are along k; x is packed rows. For few rows of x: w is read once, where it lies.
+  // x is packed rows. w is read once, where it lies.
   void (*small_rows)(const MatmulRowsArgs& args);
+  int64_t (*small_scratch_bytes)(int64_t k);
 };
 
-#define INDEXCACHE_DECLARE(isa, feature) \
-  namespace isa {                        \
+#define INDEXCACHE_DECLARE(isa, feature)     \
+  namespace isa {                            \
   extern const MatmulKernels kMatmulKernels; \
   }
 INDEXCACHE_FOR_EACH_ISA(INDEXCACHE_DECLARE)

@@ -1,7 +1,8 @@
-// matmul by oneDNN (version 2.6), which is how tiles (AMX) are used, and what serves CPUs without AVX2.
+// matmul by oneDNN (version 2.6), which is how tiles (AMX) are used, and what serves CPUs without
+// AVX2.
 //
-// oneDNN is only asked for products of one thread: the split is ours, so that the library never starts OpenMP threads,
-// whose waiting is up to 100 times slower on a busy machine.
+// oneDNN is only asked for products of one thread: the split is ours, so that the library never
+// starts OpenMP threads, whose waiting is up to 100 times slower on a busy machine.
 #include <omp.h>
 
 #include <algorithm>
@@ -21,9 +22,9 @@ namespace {
 
 using dnnl::memory;
 
-constexpr int64_t kItemRows = 256;    // of w
+constexpr int64_t kItemRows = 256;  // of w
 constexpr int64_t kItemTokens = 512;
-constexpr int64_t kMinTilesM = 64;    // fewer rows of x do not fill the tiles
+constexpr int64_t kMinTilesM = 64;  // fewer rows of x do not fill the tiles
 
 struct ProductShape {
   int64_t m, n, k, ldx, ldy;
@@ -55,13 +56,14 @@ std::shared_ptr<const Product> make_product(const ProductShape& shape) {
     attributes.set_post_ops(post_ops);
   }
   auto product = std::make_shared<Product>();
-  product->desc = dnnl::matmul::primitive_desc(dnnl::matmul::desc(x, w, y), attributes, cpu_engine());
+  product->desc =
+      dnnl::matmul::primitive_desc(dnnl::matmul::desc(x, w, y), attributes, cpu_engine());
   product->primitive = dnnl::matmul(product->desc);
   return product;
 }
 
-// Made once for each shape, for all threads. The number of tokens of an expert varies without end, so the cache is
-// emptied when it is full.
+// Made once for each shape, for all threads. The number of tokens of an expert varies without end,
+// so the cache is emptied when it is full.
 std::shared_ptr<const Product> cached_product(const ProductShape& shape) {
   constexpr size_t kMaxProducts = 512;
   static std::mutex mutex;
@@ -95,7 +97,8 @@ void run_item(const Item& item, int64_t element_bytes, Exec& exec, int thread) {
   omp_set_num_threads(1);
   item.product->primitive.execute(
       stream, {{DNNL_ARG_SRC, at(desc.src_desc(), item.x)},
-               {DNNL_ARG_WEIGHTS, at(desc.weights_desc(), group.w.data + item.row * group.w.cols * element_bytes)},
+               {DNNL_ARG_WEIGHTS,
+                at(desc.weights_desc(), group.w.data + item.row * group.w.cols * element_bytes)},
                {DNNL_ARG_DST, at(desc.dst_desc(), group.y + item.token * group.ldy + item.row)},
                {DNNL_ARG_SCRATCHPAD, at(scratchpad, scratch)}});
   stream.wait();
@@ -111,12 +114,14 @@ bool matmul_onednn_supported(const MatmulArgs& args) {
     const Weight& w = group.w;
     const auto alignment = static_cast<uintptr_t>(dtype_bytes(w.dtype));
     return w.dtype == (bf16 ? DType::kBF16 : DType::kF32) && w.cols > 0 &&
-           reinterpret_cast<uintptr_t>(w.data) % alignment == 0 && (group.m <= 1 || group.ldy >= w.rows);
+           reinterpret_cast<uintptr_t>(w.data) % alignment == 0 &&
+           (group.m <= 1 || group.ldy >= w.rows);
   });
 }
 
 bool matmul_onednn_tiles_supported(const MatmulArgs& args) {
-  return cpu_features().amx_bf16 && args.compute == Compute::kBF16 && matmul_onednn_supported(args) &&
+  return cpu_features().amx_bf16 && args.compute == Compute::kBF16 &&
+         matmul_onednn_supported(args) &&
          std::all_of(args.groups.begin(), args.groups.end(),
                      [](const MatmulGroup& group) { return group.m >= kMinTilesM; });
 }
@@ -131,7 +136,8 @@ void matmul_onednn(Exec& exec, const MatmulArgs& args) {
     offsets.push_back(num_elements);
     if (bf16) num_elements += group.m * group.w.cols;
   }
-  auto* const rounded = reinterpret_cast<uint16_t*>(exec.shared_scratch(static_cast<size_t>(num_elements) * 2));
+  auto* const rounded =
+      reinterpret_cast<uint16_t*>(exec.shared_scratch(static_cast<size_t>(num_elements) * 2));
   if (bf16) {
     exec.pool.parallel_for(static_cast<int64_t>(args.groups.size()), [&](int64_t index, int) {
       const MatmulGroup& group = args.groups[static_cast<size_t>(index)];
@@ -149,7 +155,8 @@ void matmul_onednn(Exec& exec, const MatmulArgs& args) {
     const int64_t ldx = bf16 ? k : std::max(group.ldx, k);
     for (int64_t token = 0; token < group.m; token += kItemTokens) {
       const int64_t m = std::min(kItemTokens, group.m - token);
-      const void* x = bf16 ? static_cast<const void*>(rounded + offsets[index] + token * k) : group.x + token * ldx;
+      const void* x = bf16 ? static_cast<const void*>(rounded + offsets[index] + token * k)
+                           : group.x + token * ldx;
       for (int64_t row = 0; row < group.w.rows; row += kItemRows) {
         const int64_t n = std::min(kItemRows, group.w.rows - row);
         const int64_t ldy = std::max(group.ldy, group.w.rows);

@@ -35,13 +35,15 @@ void matmul_ref(Exec& exec, const MatmulArgs& args) {
     exec.pool.parallel_for(group.w.rows, [&](int64_t n, int) {
       std::vector<float> row(static_cast<size_t>(k));
       for (int64_t i = 0; i < k; ++i) {
-        row[static_cast<size_t>(i)] = rounded(weight_element(w, group.w.scale_inv, n, i), args.compute);
+        row[static_cast<size_t>(i)] =
+            rounded(weight_element(w, group.w.scale_inv, n, i), args.compute);
       }
       for (int64_t m = 0; m < group.m; ++m) {
         float& y = group.y[m * group.ldy + n];
         double sum = args.accumulate ? y : 0;
         for (int64_t i = 0; i < k; ++i) {
-          sum += static_cast<double>(x[static_cast<size_t>(m * k + i)]) * row[static_cast<size_t>(i)];
+          sum +=
+              static_cast<double>(x[static_cast<size_t>(m * k + i)]) * row[static_cast<size_t>(i)];
         }
         y = static_cast<float>(sum);
       }

@@ -1,8 +1,9 @@
 // Splits a call of matmul into items for the threads and runs the vector kernels on them.
 //
-// A group with few rows of x is bound by reading w: each item streams some rows of w once. A group with many is bound by
-// arithmetic: x is packed once into panels, and an item multiplies a block of rows of w by the panels of a block of
-// tokens. Items depend on shapes only, never on the number of threads.
+// A group with few rows of x is bound by reading w: each item streams some rows of w once, against
+// all rows of x. A group with many is bound by arithmetic: x is packed once into panels, and an
+// item multiplies a block of rows of w by the panels of a block of tokens. Items depend on shapes
+// only, never on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -14,10 +15,9 @@ namespace indexcache {
 
 namespace {
 
-// Up to this many rows of x, reading w in place wins over panels that would be half empty.
-constexpr int64_t kMaxSmallM = 8;
 constexpr int64_t kSmallItemBytes = 128 << 10;  // of w
-constexpr int64_t kPanelItemFlops = 16 << 20;  // about 70 us of one core
+constexpr int64_t kReadBoundM = 8;              // with more rows of x, time grows with them
+constexpr int64_t kPanelItemFlops = 16 << 20;   // about 70 us of one core
 constexpr int64_t kItemTokens = 256;
 constexpr int64_t kMaxItemTiles = 4;
 // Below this, packing costs less than waking the threads.
@@ -27,7 +27,7 @@ constexpr int64_t kSerialPackElements = 16384;
 struct PackedX {
   const MatmulGroup* group = nullptr;
   bool small = false;
-  int64_t num_blocks = 0;   // that can be packed at the same time: panels, or rows of x
+  int64_t num_blocks = 0;  // that can be packed at the same time: panels, or rows of x
   int64_t block_words = 0;
   int64_t offset = 0;       // of the first block, in words
   int64_t first_block = 0;  // counted over all
@@ -51,22 +51,28 @@ struct Plan {
 
 WeightType weight_type(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return WeightType::kF32;
-    case DType::kF16: return WeightType::kF16;
-    case DType::kBF16: return WeightType::kBF16;
-    default: return WeightType::kF8E4M3;
+    case DType::kF32:
+      return WeightType::kF32;
+    case DType::kF16:
+      return WeightType::kF16;
+    case DType::kBF16:
+      return WeightType::kBF16;
+    default:
+      return WeightType::kF8E4M3;
   }
 }
 
 void plan_packing(const MatmulKernels& kernels, const MatmulGroup& group, bool bf16, Plan& plan) {
   if (!plan.packed.empty()) {
     const MatmulGroup& last = *plan.packed.back().group;
-    if (last.x == group.x && last.ldx == group.ldx && last.m == group.m && last.w.cols == group.w.cols) return;
+    if (last.x == group.x && last.ldx == group.ldx && last.m == group.m &&
+        last.w.cols == group.w.cols)
+      return;
   }
   const int64_t k_words = bf16 && kernels.has_dot ? ceil_div(group.w.cols, 2) : group.w.cols;
   PackedX packed;
   packed.group = &group;
-  packed.small = group.m <= kMaxSmallM || group.w.cols == 0;
+  packed.small = group.m <= kernels.max_small_m || group.w.cols == 0;
   packed.num_blocks = packed.small ? group.m : ceil_div(group.m, kernels.lanes);
   packed.block_words = packed.small ? round_up(k_words, kernels.lanes) : k_words * kernels.lanes;
   packed.offset = plan.num_words;
@@ -83,22 +89,28 @@ void plan_items(const MatmulKernels& kernels, const MatmulGroup& group, Plan& pl
   int64_t item_tokens = group.m;
   if (small) {
     const int64_t row_bytes = std::max<int64_t>(1, group.w.cols * dtype_bytes(group.w.dtype));
-    item_rows = round_up(std::max<int64_t>(1, kSmallItemBytes / row_bytes), kernels.small_tile_rows);
+    const int64_t row_cost = row_bytes * std::max<int64_t>(1, group.m / kReadBoundM);
+    item_rows = round_up(std::max<int64_t>(1, kSmallItemBytes / row_cost), kernels.small_tile_rows);
+    plan.scratch_bytes = std::max(plan.scratch_bytes, kernels.small_scratch_bytes(group.w.cols));
   } else {
     item_tokens = std::min(group.m, kItemTokens);
     const int64_t tile_flops = 2 * kernels.tile_rows * item_tokens * group.w.cols;
-    item_rows = kernels.tile_rows * std::clamp<int64_t>(kPanelItemFlops / tile_flops, 1, kMaxItemTiles);
-    plan.scratch_bytes = std::max(plan.scratch_bytes, kernels.panel_scratch_bytes(item_rows, item_tokens));
+    item_rows =
+        kernels.tile_rows * std::clamp<int64_t>(kPanelItemFlops / tile_flops, 1, kMaxItemTiles);
+    plan.scratch_bytes =
+        std::max(plan.scratch_bytes, kernels.panel_scratch_bytes(item_rows, item_tokens));
   }
   for (int64_t row = 0; row < group.w.rows; row += item_rows) {
     for (int64_t m = 0; m < group.m; m += item_tokens) {
-      plan.items.push_back({&group, plan.packed.size() - 1, row, std::min(row + item_rows, group.w.rows), m,
+      plan.items.push_back({&group, plan.packed.size() - 1, row,
+                            std::min(row + item_rows, group.w.rows), m,
                             std::min(m + item_tokens, group.m)});
     }
   }
 }
 
-void pack_block(const MatmulKernels& kernels, const PackedX& packed, int64_t block, bool bf16, float* words) {
+void pack_block(const MatmulKernels& kernels, const PackedX& packed, int64_t block, bool bf16,
+                float* words) {
   const MatmulGroup& group = *packed.group;
   const int64_t rows = packed.small ? 1 : kernels.lanes;
   MatmulPackArgs args;
@@ -114,7 +126,8 @@ void pack_block(const MatmulKernels& kernels, const PackedX& packed, int64_t blo
 void pack(const MatmulKernels& kernels, Exec& exec, const Plan& plan, bool bf16, float* words) {
   if (plan.num_elements <= kSerialPackElements) {
     for (const PackedX& packed : plan.packed) {
-      for (int64_t block = 0; block < packed.num_blocks; ++block) pack_block(kernels, packed, block, bf16, words);
+      for (int64_t block = 0; block < packed.num_blocks; ++block)
+        pack_block(kernels, packed, block, bf16, words);
     }
     return;
   }
@@ -126,8 +139,8 @@ void pack(const MatmulKernels& kernels, Exec& exec, const Plan& plan, bool bf16,
   });
 }
 
-void run_item(const MatmulKernels& kernels, const PackedX& packed, const Item& item, const MatmulArgs& args,
-              const float* words, uint8_t* scratch) {
+void run_item(const MatmulKernels& kernels, const PackedX& packed, const Item& item,
+              const MatmulArgs& args, const float* words, uint8_t* scratch) {
   const MatmulGroup& group = *item.group;
   MatmulRowsArgs rows;
   rows.type = weight_type(group.w.dtype);

@@ -31,7 +31,8 @@ void moe_route(Exec& exec, const MoeRouteArgs& args) {
   const int64_t group_experts = args.n_routed_experts / args.n_group;
   if (args.n_group > 1) CHECK_GE(group_experts, 2);  // a group is judged by its two best
   CHECK_GE(args.num_experts_per_tok, 1);
-  CHECK_LE(args.num_experts_per_tok, args.n_group > 1 ? args.topk_group * group_experts : args.n_routed_experts);
+  CHECK_LE(args.num_experts_per_tok,
+           args.n_group > 1 ? args.topk_group * group_experts : args.n_routed_experts);
   if (args.num_tokens == 0) return;
   CHECK(args.logits != nullptr);
   CHECK(args.experts != nullptr);

@@ -1,5 +1,5 @@
-// The meaning of moe_route: obvious loops. Also fast enough: a token costs some microseconds beside the hundreds of its
-// experts.
+// The meaning of moe_route: obvious loops. Also fast enough: a token costs some microseconds beside
+// the hundreds of its experts.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -19,11 +19,12 @@ float ranked(float score) { return std::isnan(score) ? kMinusInfinity : score; }
 
 // Leaves the `count` candidates with the highest score, best first, ties to the lower index.
 void keep_best(const std::vector<float>& score, int64_t count, std::vector<int32_t>& candidates) {
-  std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(), [&](int32_t a, int32_t b) {
-    const float score_a = score[static_cast<size_t>(a)];
-    const float score_b = score[static_cast<size_t>(b)];
-    return score_a != score_b ? score_a > score_b : a < b;
-  });
+  std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(),
+                    [&](int32_t a, int32_t b) {
+                      const float score_a = score[static_cast<size_t>(a)];
+                      const float score_b = score[static_cast<size_t>(b)];
+                      return score_a != score_b ? score_a > score_b : a < b;
+                    });
   candidates.resize(static_cast<size_t>(count));
 }
 
@@ -39,7 +40,8 @@ std::vector<int32_t> eligible_experts(const MoeRouteArgs& args, const std::vecto
   const int64_t group_experts = args.n_routed_experts / args.n_group;
   std::vector<float> group_score;
   for (int64_t g = 0; g < args.n_group; ++g) {
-    std::vector<float> group(choice.begin() + g * group_experts, choice.begin() + (g + 1) * group_experts);
+    std::vector<float> group(choice.begin() + g * group_experts,
+                             choice.begin() + (g + 1) * group_experts);
     std::partial_sort(group.begin(), group.begin() + 2, group.end(), std::greater<>());
     group_score.push_back(ranked(group[0] + group[1]));
   }
@@ -47,7 +49,8 @@ std::vector<int32_t> eligible_experts(const MoeRouteArgs& args, const std::vecto
   keep_best(group_score, args.topk_group, groups);
   std::vector<int32_t> experts;
   for (const int32_t g : groups) {
-    for (int64_t e = 0; e < group_experts; ++e) experts.push_back(static_cast<int32_t>(g * group_experts + e));
+    for (int64_t e = 0; e < group_experts; ++e)
+      experts.push_back(static_cast<int32_t>(g * group_experts + e));
   }
   return experts;
 }

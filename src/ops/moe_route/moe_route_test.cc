@@ -140,7 +140,8 @@ TEST(MoeRoute, EveryImplementationAgreesWithRefAndWithItself) {
             const Routed routed = route(args, impl.name, num_threads);
             ASSERT_EQ(routed.experts, ref.experts) << impl.name;
             for (size_t i = 0; i < ref.weights.size(); ++i) {
-              ASSERT_NEAR(routed.weights[i], ref.weights[i], 4 * 0x1.0p-23 * ref.weights[i]) << impl.name;
+              ASSERT_NEAR(routed.weights[i], ref.weights[i], 4 * 0x1.0p-23 * ref.weights[i])
+                  << impl.name;
             }
           }
         }
@@ -150,7 +151,8 @@ TEST(MoeRoute, EveryImplementationAgreesWithRefAndWithItself) {
           const std::set<int32_t> distinct(begin, begin + k);
           ASSERT_EQ(static_cast<int64_t>(distinct.size()), k);
           std::set<int64_t> groups;
-          for (const int32_t expert : distinct) groups.insert(expert / (n_routed_experts / n_group));
+          for (const int32_t expert : distinct)
+            groups.insert(expert / (n_routed_experts / n_group));
           ASSERT_LE(static_cast<int64_t>(groups.size()), args.topk_group);
         }
       }

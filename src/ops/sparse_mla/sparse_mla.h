@@ -10,10 +10,13 @@
 //
 // Rules. Only the first counts[t] positions of a row of `positions` are read; they are ascending
 // and in [0, position(t)]. Count 0 writes zeros. NaN and infinity in a selected row or in q become
-// NaN in the outputs of that token that they reach, and in no other token. Sizes. 1 to 128 heads;
-// value_dim and row_elements even, row_elements >= value_dim. Types. q and out f32; rows f32 or
-// bf16. With bf16 rows, q and the softmax weights may be rounded to bf16 before their products, and
-// bf16 numbers below 2^-126 taken for 0; sums and the softmax itself are f32.
+// NaN in the outputs of that token that they reach, and in no other token.
+//
+// Sizes. 1 to 128 heads; value_dim and row_elements even, row_elements >= value_dim.
+//
+// Types. q and out f32; rows f32 or bf16. With bf16 rows, q and the softmax weights may be rounded
+// to bf16 before their products, and bf16 numbers below 2^-126 taken for 0; sums and the softmax
+// itself are f32.
 //
 // Tolerance against ref (double), to first order. With u = 2^-24, r = 2^-9 for bf16 rows and 0 for
 // f32, A = max_s |scale| sum_i |q_i row_si| of the head, and R = max_s |row_sd|:
@@ -28,8 +31,9 @@
 //
 // Determinism. The same arguments give the same bits with any number of threads. How a token's
 // selection is split depends on the number of tokens in the call, so a batch equals its tokens one
-// by one within twice the tolerance. Cost: 2 H (row_elements + value_dim) flops and one row for
-// each selected (query, token) pair.
+// by one within twice the tolerance.
+//
+// Cost. 2 H (row_elements + value_dim) flops and one row for each selected (query, token) pair.
 #pragma once
 
 #include <span>

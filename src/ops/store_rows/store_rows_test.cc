@@ -1,0 +1,153 @@
+#include "ops/store_rows/store_rows.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <map>
+
+#include "base/checked.h"
+#include "ops/kit/testing.h"
+
+namespace indexcache {
+namespace {
+
+constexpr uint8_t kPoison = 0xA5;
+
+struct Span {
+  int64_t first_position, num_tokens;
+};
+
+const std::vector<std::vector<Span>> kBatches = {
+    {},        {{0, 1}},  {{0, 0}, {63, 2}, {0, 0}},
+    {{5, 15}}, {{0, 64}}, {{127, 1}, {64, 130}, {0, 1}, {3, 17}, {200, 33}},
+};
+
+// Sequences whose pages are scattered over one poisoned pool.
+struct Problem {
+  GuardedRows x;
+  std::vector<uint8_t> pool;
+  std::vector<std::vector<int32_t>> pages;
+  std::vector<SeqSpan> seqs;
+  StoreRowsArgs args;
+
+  static int64_t tokens_of(const std::vector<Span>& spans) {
+    int64_t count = 0;
+    for (const Span& span : spans) count += span.num_tokens;
+    return count;
+  }
+
+  Problem(Rng& rng, DType dtype, const std::vector<Span>& spans, int64_t n, int64_t gap)
+      : x(tokens_of(spans), n, n + gap) {
+    x.fill_random(rng);
+    std::vector<int32_t> free_pages;
+    int32_t num_pages = 1;  // one page belongs to nobody
+    for (const Span& span : spans)
+      num_pages +=
+          static_cast<int32_t>(ceil_div(span.first_position + span.num_tokens, kPageTokens));
+    for (int32_t p = 0; p < num_pages; ++p) free_pages.push_back(p);
+    for (size_t i = free_pages.size(); i > 1; --i)
+      std::swap(free_pages[i - 1], free_pages[rng.below(i)]);
+    int64_t token = 0;
+    for (const Span& span : spans) {
+      const auto count =
+          static_cast<size_t>(ceil_div(span.first_position + span.num_tokens, kPageTokens));
+      pages.emplace_back(free_pages.end() - static_cast<int64_t>(count), free_pages.end());
+      free_pages.resize(free_pages.size() - count);
+      seqs.push_back({token, span.num_tokens, span.first_position, nullptr});
+      token += span.num_tokens;
+    }
+    for (size_t s = 0; s < seqs.size(); ++s) seqs[s].pages = pages[s].data();
+    const int64_t page_bytes = kPageTokens * n * dtype_bytes(dtype) + 24;
+    pool.resize(static_cast<size_t>(num_pages * page_bytes));
+    args = {x.data(), x.stride(), token, seqs, {dtype, n, page_bytes, pool.data()}};
+  }
+
+  std::vector<uint8_t> run(const std::string& impl, int num_threads = 2) {
+    std::fill(pool.begin(), pool.end(), kPoison);
+    run_forced(store_rows, "store_rows", impl, args, num_threads);
+    return pool;
+  }
+
+  // The pool by the contract: only the rows of the spans change.
+  std::vector<uint8_t> expected() {
+    std::vector<uint8_t> want(pool.size(), kPoison);
+    const PagedRows& rows = args.rows;
+    for (const SeqSpan& seq : seqs) {
+      for (int64_t i = 0; i < seq.num_tokens; ++i) {
+        const int64_t position = seq.first_position + i;
+        uint8_t* to = want.data() + seq.pages[position / 64] * rows.page_bytes +
+                      position % 64 * rows.row_elements * dtype_bytes(rows.dtype);
+        for (int64_t e = 0; e < rows.row_elements; ++e) {
+          const float value = x.row(seq.token_begin + i)[e];
+          const uint16_t bits = f32_to_bf16(value);
+          if (rows.dtype == DType::kF32) {
+            std::memcpy(to + 4 * e, &value, 4);
+          } else {
+            std::memcpy(to + 2 * e, &bits, 2);
+          }
+        }
+      }
+    }
+    return want;
+  }
+};
+
+TEST(StoreRows, EveryImplementationWritesExactlyItsRows) {
+  Rng rng(printed_seed());
+  std::vector<std::string> impls = runnable_implementations();
+  impls.push_back("ref");
+  for (const std::string& impl : impls) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      for (size_t b = 0; b < kBatches.size(); ++b) {
+        for (const int64_t n : {1, 2, 7, 8, 16, 130}) {
+          SCOPED_TRACE(fmt::format("{} {} batch {} n {}", impl, dtype_name(dtype), b, n));
+          Problem problem(rng, dtype, kBatches[b], n, b % 2 == 0 ? 0 : 3);
+          EXPECT_TRUE(problem.run(impl) == problem.expected());
+          EXPECT_TRUE(problem.x.untouched());
+        }
+      }
+    }
+  }
+}
+
+TEST(StoreRows, RoundsAsTheScalarConversionDoes) {
+  const float special[] = {kNan,
+                           -kNan,
+                           kInfinity,
+                           -kInfinity,
+                           0,
+                           -0.0f,
+                           1e-40f,
+                           -1e-45f,
+                           3.4e38f,
+                           -3.4e38f,
+                           1.00390625f,
+                           1.01171875f,
+                           std::bit_cast<float>(0x7F800001u),
+                           std::bit_cast<float>(0x3F808001u),
+                           std::bit_cast<float>(0x3F807FFFu)};
+  Rng rng(printed_seed());
+  for (const std::string& impl : runnable_implementations()) {
+    Problem problem(rng, DType::kBF16, {{60, 8}}, 19, 0);
+    for (int64_t r = 0; r < 8; ++r)
+      std::copy(std::begin(special), std::end(special), problem.x.row(r) + r % 4);
+    for (int64_t r = 4; r < 8; ++r) {
+      for (int64_t e = 0; e < 19; ++e)
+        problem.x.row(r)[e] = std::bit_cast<float>(static_cast<uint32_t>(rng.next() >> 32));
+    }
+    EXPECT_TRUE(problem.run(impl) == problem.expected()) << impl;
+  }
+}
+
+TEST(StoreRows, ThreadsChangeNoBit) {
+  Rng rng(printed_seed());
+  Problem problem(rng, DType::kBF16, kBatches.back(), 130, 1);
+  for (const std::string& impl : runnable_implementations()) {
+    const auto one = problem.run(impl, 1);
+    EXPECT_TRUE(problem.run(impl, 2) == one) << impl;
+    EXPECT_TRUE(problem.run(impl, 3) == one) << impl;
+  }
+}
+
+}  // namespace
+}  // namespace indexcache
