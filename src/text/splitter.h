@@ -8,7 +8,7 @@
 //
 // Time is bounded by the text's length: an attempt at a match sees a window that doubles only while
 // the attempt runs into its end, steps inside it are limited, and windows are charged to a budget.
-// A pattern that exceeds either is an Error that shows the pattern.
+// A pattern that exceeds either is an Error that names the file and its Split.
 #pragma once
 
 #include <memory>
