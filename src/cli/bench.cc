@@ -272,21 +272,28 @@ std::string rows_text(const BenchResult& result) {
 
 int bench(BenchFlags flags) {
   if (flags.shape.name.empty() == flags.common.model.empty())
-    fail("bench: expected either -m or --synthetic");
-  if (flags.json && flags.csv) fail("bench: expected at most one of --json and --csv");
+    throw CLI::ValidationError("bench", "expected either -m or --synthetic");
   RunOptions options = run_options(flags.common);
   std::sort(flags.contexts.begin(), flags.contexts.end());
   flags.contexts.erase(std::unique(flags.contexts.begin(), flags.contexts.end()),
                        flags.contexts.end());
-  if (flags.plans.empty()) flags.plans.push_back(options.plan);
+  if (flags.plans.empty()) flags.plans.push_back(options.plan.empty() ? "default" : options.plan);
   BenchResult result;
   result.model = flags.shape.name.empty() ? flags.common.model : flags.shape.name;
-  const ModelSource source =
-      flags.shape.name.empty() ? open_model(flags.common.model) : synthetic_source(flags.shape);
+  ModelSource source;
+  std::string default_plan;
+  if (flags.shape.name.empty()) {
+    source = open_model(flags.common.model);
+    default_plan = to_string(source.config.index_plan);
+  } else {
+    default_plan = to_string(shape_config(flags.shape).index_plan);
+    flags.shape.plan = "1/1";  // an indexer in every layer, so that any plan can be run
+    source = synthetic_source(flags.shape);
+  }
   // Every plan is checked before the first is timed.
   const auto has_indexer = layers_with_indexer(list_tensors(source.checkpoint), source.config);
   for (std::string& plan : flags.plans) {
-    options.plan = plan == "default" ? "" : plan == "all" ? "1/1" : plan;
+    options.plan = plan == "default" ? default_plan : plan == "all" ? "1/1" : plan;
     plan = to_string(plan_in_force(source.config, has_indexer, options, source.checkpoint.path));
   }
   info("seed {}, random tokens; weights {}", flags.seed,

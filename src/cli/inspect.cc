@@ -21,7 +21,9 @@ struct InspectFlags {
 // The tensors' names, types and shapes; of a shape by name, as they would be.
 std::vector<TensorSpec> list_specs(const InspectFlags& flags, ModelSource* source) {
   if (!flags.shape.name.empty()) {
-    source->config = shape_config(flags.shape);
+    ShapeFlags shape = flags.shape;  // a shape has the indexers that the plan needs
+    shape.plan = flags.common.run.plan;
+    source->config = shape_config(shape);
     return checkpoint_specs(source->config, shape_dtype(flags.shape));
   }
   *source = open_model(flags.common.model);
@@ -33,13 +35,14 @@ std::vector<TensorSpec> list_specs(const InspectFlags& flags, ModelSource* sourc
 
 int inspect(const InspectFlags& flags) {
   if (flags.shape.name.empty() == flags.common.model.empty())
-    fail("inspect: expected either -m or --synthetic");
+    throw CLI::ValidationError("inspect", "expected either -m or --synthetic");
   RunOptions options = run_options(flags.common);
   ModelSource source;
   const std::vector<TensorSpec> specs = list_specs(flags, &source);
   const ModelConfig& config = source.config;
   const IndexPlan plan =
-      plan_in_force(config, layers_with_indexer(specs, config), options, flags.common.model);
+      plan_in_force(config, layers_with_indexer(specs, config), options,
+                    flags.shape.name.empty() ? flags.common.model : flags.shape.name);
   const Compute compute = resolve_compute(specs, options.compute);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
 

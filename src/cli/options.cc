@@ -7,6 +7,24 @@
 
 namespace indexcache {
 
+namespace {
+
+// What is wrong with an "op=implementation"; empty when nothing is. The op itself checks the
+// implementation's name, because which there are depends on the arguments.
+std::string check_forced(const std::string& text) {
+  const size_t equals = text.find('=');
+  if (equals == std::string::npos)
+    return fmt::format("{}: expected op=implementation", printable(text));
+  std::string names;
+  for (const char* name : kOpNames) {
+    if (text.substr(0, equals) == name) return "";
+    names += fmt::format("{}{}", names.empty() ? "" : ", ", name);
+  }
+  return fmt::format("{}: unknown op, expected one of {}", printable(text), names);
+}
+
+}  // namespace
+
 void add_model_flag(CLI::App* command, CommonFlags* flags, bool required) {
   auto* model =
       command->add_option("-m,--model", flags->model, "Folder of a checkpoint in the hub's layout");
@@ -29,35 +47,32 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
       "Index plan: FSSF..., 1/4, freq=4,offset=3, or a plan file (default: the checkpoint's)");
   command->add_flag("--force-plan", flags->run.force_plan,
                     "Take a plan file that was made for another model");
-  command->add_option("--device", flags->device, "cpu or cuda")->capture_default_str();
+  command->add_option("--device", flags->device, "cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
   command
       ->add_option("--dtype", flags->dtype,
                    "Products and cache: f32, bf16, or auto (f32 for an f32 checkpoint, else bf16)")
+      ->check(CLI::IsMember({"auto", "f32", "float32", "bf16", "bfloat16"}))
       ->capture_default_str();
-  command->add_option("--force", flags->forced,
-                      "Force an implementation, as matmul=ref (for bisection)");
+  command
+      ->add_option("--force", flags->forced,
+                   "Force an implementation, as matmul=ref (for bisection)")
+      ->check(check_forced);
   command->add_flag("--check-tensors", flags->run.check_tensors,
                     "Refuse a checkpoint that holds NaN or infinity");
 }
 
 RunOptions run_options(const CommonFlags& flags) {
   RunOptions options = flags.run;
-  if (flags.device == "cuda") {
-    fail("--device cuda: {}", cuda_unavailable_reason());
-  } else if (flags.device != "cpu") {
-    fail("--device {}: expected cpu or cuda", printable(flags.device));
-  }
+  if (flags.device == "cuda") fail("--device cuda: {}", cuda_unavailable_reason());
   if (flags.dtype == "f32" || flags.dtype == "float32") {
     options.compute = ComputeChoice::kF32;
   } else if (flags.dtype == "bf16" || flags.dtype == "bfloat16") {
     options.compute = ComputeChoice::kBF16;
-  } else if (flags.dtype != "auto") {
-    fail("--dtype {}: expected auto, f32 or bf16", printable(flags.dtype));
   }
   for (const std::string& text : flags.forced) {
     const size_t equals = text.find('=');
-    if (equals == std::string::npos)
-      fail("--force {}: expected op=implementation", printable(text));
     options.forced_ops[text.substr(0, equals)] = text.substr(equals + 1);
   }
   return options;

@@ -41,11 +41,16 @@ struct Loader {
   const ModelConfig& config;
   Compute compute;
   Weights& out;
-  std::vector<std::pair<Weight*, ScaledView>> matrices;
+  struct Matrix {
+    Weight* weight;
+    std::string name;
+    ScaledView found;
+  };
+  std::vector<Matrix> matrices;
   std::vector<std::pair<std::vector<float>*, TensorView>> vectors;
 
   void matrix(Weight* weight, const std::string& name, int64_t rows, int64_t cols) {
-    matrices.emplace_back(weight, binder.require_scaled(name, {rows, cols}, kWeightTypes));
+    matrices.push_back({weight, name, binder.require_scaled(name, {rows, cols}, kWeightTypes)});
   }
 
   void vector(std::vector<float>* values, const std::string& name, int64_t size) {
@@ -111,11 +116,11 @@ struct Loader {
   }
 
   void resolve(const std::string& where) {
-    for (auto& [weight, found] : matrices) {
+    for (auto& [weight, name, found] : matrices) {
       const TensorView& view = found.weight;
       *weight = {view.dtype, view.shape[0], view.shape[1], view.data, nullptr};
       if (view.dtype != DType::kF8E4M3) continue;
-      out.scales.push_back(read_block_scales(view, found.scales, where));
+      out.scales.push_back(read_block_scales(view, found.scales, where + ": " + name));
       weight->scale_inv = out.scales.back().data();
     }
     for (auto& [values, view] : vectors) *values = to_f32(view);
