@@ -97,6 +97,9 @@ class StrictReader : public nlohmann::json_sax<Json> {
 Json parse_json(std::string_view text, const std::string& where, int max_depth) {
   if (text.starts_with("\xEF\xBB\xBF"))
     fail("{}: begins with a byte order mark, expected JSON", where);
+  // nlohmann's lexer takes a NUL byte for the end of the text and would ignore what follows.
+  if (const size_t at = text.find('\0'); at != text.npos)
+    fail("{}: not valid JSON at byte {}: found a NUL byte", where, at + 1);
   Json root;
   StrictReader reader(&root, where, max_depth);
   if (!Json::sax_parse(text.begin(), text.end(), &reader)) fail("{}: not valid JSON", where);

@@ -23,7 +23,7 @@ struct MappedRange {
   std::atomic<size_t> size{0};
   char path[512];
 };
-constexpr int kMaxRanges = 1024;
+constexpr int kMaxRanges = 8192;  // twice what a checkpoint may have of shards
 MappedRange mapped_ranges[kMaxRanges];
 
 void on_sigbus(int signal_number, siginfo_t* info, void*) {

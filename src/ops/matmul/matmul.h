@@ -12,10 +12,10 @@
 // (ties to even) before the product. Products are accumulated in float32 either way. Tolerance
 // against ref, which accumulates in double: |y - ref| <= 2 K eps sum_k |x w|, eps = 2^-24 (K
 // roundings of the partial sums, one of each product), evaluated on the operands after rounding.
-// With `accumulate` y counts as one more product. With `Compute::kBF16`, operands that are subnormal
-// in bf16 may count as zero.
-// Edge cases: m = 0 writes nothing; k = 0 writes zeros (or leaves y with `accumulate`); NaN and
-// infinity propagate. Cost: 2 m n k flops; m k + n k + m n elements.
+// With `accumulate` y counts as one more product. With `Compute::kBF16`, operands that are
+// subnormal in bf16 may count as zero. Edge cases: m = 0 writes nothing; k = 0 writes zeros (or
+// leaves y with `accumulate`); NaN and infinity propagate. Cost: 2 m n k flops; m k + n k + m n
+// elements.
 #pragma once
 
 #include <span>
