@@ -17,7 +17,9 @@ namespace {
 
 // Bounds far over any published model and far under what would overflow a product of three of them.
 constexpr int64_t kMaxWidth = 1 << 17;
-constexpr int64_t kMaxHeads = 1 << 12;
+constexpr int64_t kMaxAttentionHeads = 128;  // what sparse_mla takes, and the most of any DSA model
+constexpr int64_t kMaxHeads = 1 << 12;       // of the indexer
+constexpr int64_t kMaxTopk = 1 << 20;
 constexpr int64_t kMaxExperts = 1 << 14;
 constexpr int64_t kMaxVocab = 1 << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 31;
@@ -104,13 +106,15 @@ void refuse_unsupported(const JsonObject& config) {
 
 AttentionConfig parse_attention(const JsonObject& config) {
   AttentionConfig attention;
-  attention.num_attention_heads = config.integer("num_attention_heads", 1, kMaxHeads);
+  attention.num_attention_heads = config.integer("num_attention_heads", 1, kMaxAttentionHeads);
   attention.q_lora_rank = config.integer("q_lora_rank", 1, kMaxWidth);
   attention.kv_lora_rank = config.integer("kv_lora_rank", 1, kMaxWidth);
   attention.qk_nope_head_dim = config.integer("qk_nope_head_dim", 1, kMaxWidth);
   attention.qk_rope_head_dim = config.integer("qk_rope_head_dim", 2, kMaxWidth);
   attention.v_head_dim = config.integer("v_head_dim", 1, kMaxWidth);
-  if (attention.qk_rope_head_dim % 2 != 0) config.wrong("qk_rope_head_dim", "an even number");
+  for (const char* key : {"qk_rope_head_dim", "kv_lora_rank"}) {
+    if (config.integer(key, 2, kMaxWidth) % 2 != 0) config.wrong(key, "an even number");
+  }
   require_value(config, "qk_head_dim", attention.qk_head_dim());
   require_value(config, "num_key_value_heads", attention.num_attention_heads);
   return attention;
@@ -121,7 +125,8 @@ IndexerConfig parse_indexer(const JsonObject& config, ModelType type,
   IndexerConfig indexer;
   indexer.index_n_heads = config.integer("index_n_heads", 1, kMaxHeads);
   indexer.index_head_dim = config.integer("index_head_dim", 1, kMaxWidth);
-  indexer.index_topk = config.integer("index_topk", 1, kMaxPositions);
+  indexer.index_topk = config.integer("index_topk", 1, kMaxTopk);
+  if (indexer.index_head_dim % 2 != 0) config.wrong("index_head_dim", "an even number");
   if (indexer.index_head_dim < attention.qk_rope_head_dim) {
     config.wrong("index_head_dim",
                  fmt::format("at least qk_rope_head_dim, which is {}", attention.qk_rope_head_dim));
