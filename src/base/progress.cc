@@ -34,14 +34,15 @@ void Progress::update(int64_t done) {
   last_draw_ = now;
   const double rate = static_cast<double>(done) / (now - start_);
   const double left = rate > 0 ? static_cast<double>(total_ - done) / rate : 0;
-  const std::string numbers = fmt::format("{}/{} {}, {:.0f} {}/s, {} left", done, total_, unit_, rate, unit_,
-                                          format_seconds(left));
+  const std::string numbers = fmt::format("{}/{} {}, {:.0f} {}/s, {} left", done, total_, unit_,
+                                          rate, unit_, format_seconds(left));
   if (!terminal_) {
     info("{}: {}", label_, numbers);
     return;
   }
   const int filled = static_cast<int>(kBarWidth * done / total_);
-  fmt::print(stderr, "\r\033[K{} [{:#<{}}{:.<{}}] {}", label_, "", filled, "", kBarWidth - filled, numbers);
+  fmt::print(stderr, "\r\033[K{} [{:#<{}}{:.<{}}] {}", label_, "", filled, "", kBarWidth - filled,
+             numbers);
   std::fflush(stderr);
   drawn_ = true;
 }

@@ -1,4 +1,5 @@
-// Progress of long work, on stderr: a bar that redraws itself on a terminal, a plain line now and then otherwise.
+// Progress of long work, on stderr: a bar that redraws itself on a terminal, a plain line now and
+// then otherwise.
 #pragma once
 
 #include <cstdint>

@@ -62,9 +62,9 @@ struct Exec {
 };
 
 // What run_op() is called with, for checking names that a user forces.
-inline constexpr const char* kOpNames[] = {
-    "gather_rows", "index_select", "layer_norm", "matmul",     "moe_combine", "moe_route",
-    "rms_norm",    "rope",         "silu_mul",   "sparse_mla", "store_rows"};
+inline constexpr const char* kOpNames[] = {"gather_rows", "index_select", "layer_norm", "matmul",
+                                           "moe_combine", "moe_route",    "rms_norm",   "rope",
+                                           "silu_mul",    "sparse_mla",   "store_rows"};
 
 // One implementation of an op. A table lists them best first, `ref` last.
 template <class Args>

@@ -1,5 +1,5 @@
-// The vectors of the instruction set that this file is compiled for (see ops/kit/isa.h). Everything is static and
-// forced inline, in the namespace of the instruction set.
+// The vectors of the instruction set that this file is compiled for (see ops/kit/isa.h). Everything
+// is static and forced inline, in the namespace of the instruction set.
 //
 //   kLanes   float32 lanes of a Vec: 8 with AVX2, 16 with AVX-512
 //   kHasDot  vdpbf16ps is there: acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1] on bf16 pairs
@@ -32,7 +32,9 @@ INDEXCACHE_INLINE Vec vec_sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 INDEXCACHE_INLINE Vec vec_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 INDEXCACHE_INLINE Vec vec_div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 INDEXCACHE_INLINE Vec vec_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
-INDEXCACHE_INLINE Vec vec_max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+INDEXCACHE_INLINE Vec vec_max(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}  // b where either is NaN
 INDEXCACHE_INLINE Vec vec_min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // `a` in lanes where v < 0, else `b`.
 INDEXCACHE_INLINE Vec vec_select_negative(Vec v, Vec a, Vec b) {
@@ -53,7 +55,8 @@ INDEXCACHE_INLINE void vec_store_bf16(uint16_t* p, Vec v) {
   __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
 #else
@@ -99,7 +102,8 @@ INDEXCACHE_INLINE void vec_store_bf16(uint16_t* p, Vec v) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 
@@ -121,14 +125,16 @@ INDEXCACHE_INLINE __m512i vec_broadcast_pair(const uint16_t* p) {
 constexpr bool kHasDot = false;
 #endif
 
-// exp(x) for x <= 0, relative error below 2^-22; exactly 0 for -infinity and below -87.3; NaN stays NaN.
-// 2^n * p(r) with n = round(x / ln 2) and a degree-6 polynomial on |r| <= ln 2 / 2.
+// exp(x) for x <= 0, relative error below 2^-22; exactly 0 for -infinity and below -87.3; NaN stays
+// NaN. 2^n * p(r) with n = round(x / ln 2) and a degree-6 polynomial on |r| <= ln 2 / 2.
 INDEXCACHE_INLINE Vec vec_exp(Vec x) {
   const Vec clamped = vec_max(vec_set(-87.33654f), x);  // NaN: vec_max gives its second operand
 #if defined(__AVX512F__)
-  const Vec n = _mm512_roundscale_ps(vec_mul(clamped, vec_set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  const Vec n =
+      _mm512_roundscale_ps(vec_mul(clamped, vec_set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Vec n = _mm256_round_ps(vec_mul(clamped, vec_set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec n = _mm256_round_ps(vec_mul(clamped, vec_set(1.44269504f)),
+                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   Vec r = vec_fma(n, vec_set(-0.693359375f), clamped);
   r = vec_fma(n, vec_set(2.12194440e-4f), r);
@@ -144,7 +150,8 @@ INDEXCACHE_INLINE Vec vec_exp(Vec x) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x, vec_set(-87.3f), _CMP_NLT_UQ);
   return _mm512_maskz_mov_ps(keep, y);
 #else
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const __m256i power =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   const Vec y = vec_mul(p, _mm256_castsi256_ps(power));
   const Vec keep = _mm256_cmp_ps(x, vec_set(-87.3f), _CMP_NLT_UQ);
   const Vec nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
