@@ -19,10 +19,21 @@
 
 namespace indexcache {
 
+// AddressSanitizer reserves 14 TiB of address space for its shadow: a limit on it would stop the
+// program before main().
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kLimitAddressSpace = false;
+#elif defined(__has_feature)
+inline constexpr bool kLimitAddressSpace = !__has_feature(address_sanitizer);
+#else
+inline constexpr bool kLimitAddressSpace = true;
+#endif
+
 struct ProgramOptions {
   std::string input;                           // standard input
   uint64_t address_space = uint64_t{4} << 30;  // RLIMIT_AS; 0: none
   bool interrupt_on_output = false;            // SIGINT once something is on stdout
+  double kill_after = 0;                       // SIGKILL after so many seconds; 0: never
 };
 
 struct ProgramResult {
@@ -57,7 +68,7 @@ inline ProgramResult run_program(const std::vector<std::string>& args,
     dup2(in, STDIN_FILENO);
     dup2(out, STDOUT_FILENO);
     dup2(err, STDERR_FILENO);
-    if (options.address_space > 0) {
+    if (kLimitAddressSpace && options.address_space > 0) {
       const rlimit limit = {options.address_space, options.address_space};
       setrlimit(RLIMIT_AS, &limit);
     }
@@ -74,6 +85,7 @@ inline ProgramResult run_program(const std::vector<std::string>& args,
       kill(child, SIGINT);
     }
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    if (options.kill_after > 0 && elapsed.count() > options.kill_after) kill(child, SIGKILL);
     if (elapsed.count() > kProgramSeconds && !result.timed_out) {
       result.timed_out = true;
       kill(child, SIGKILL);
