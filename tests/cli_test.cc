@@ -54,7 +54,7 @@ std::string Cli::model_;
 
 TEST_F(Cli, HelpAndVersion) {
   EXPECT_TRUE(output({"--version"}).starts_with("indexcache "));
-  for (const char* command : {"run", "bench", "logits", "inspect", "synth"}) {
+  for (const char* command : {"run", "bench", "logits", "inspect", "export", "synth"}) {
     const std::string help = output({command, "--help"});
     EXPECT_NE(help.find("Example: indexcache " + std::string(command)), std::string::npos) << help;
   }

@@ -15,7 +15,10 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  void update(int64_t done);
+  // `note` stands behind the numbers.
+  void update(int64_t done, const std::string& note = "");
+  void set_total(int64_t total);  // where it turns out to be another
+  void clear();                   // takes the bar away, for a line of text to stand there
 
  private:
   std::string label_, unit_;

@@ -26,29 +26,6 @@ bool is_inside(const fs::path& file, const fs::path& folder) {
          folder.end();
 }
 
-// Refuses a link that leads out of the folder. `folder` may itself have been reached through links:
-// the user chose it.
-void check_stays_inside(const fs::path& folder, const fs::path& file) {
-  std::error_code error;
-  const fs::path root = fs::canonical(folder, error);
-  if (error) fail("{}: cannot resolve: {}", shown(folder), error.message());
-  const fs::path target = fs::canonical(file, error);
-  if (error) fail("{}: cannot resolve: {}", shown(file), error.message());
-  if (is_inside(target, root)) return;
-  for (fs::path at = root; at.has_relative_path(); at = at.parent_path()) {
-    const fs::path repository = at.parent_path();
-    if (at.filename() == "snapshots" && repository.filename().string().starts_with("models--")) {
-      if (is_inside(target, repository / "blobs")) return;
-      break;
-    }
-  }
-  fail(
-      "{}: is a link to {}, outside the model's folder {}; expected the file itself, or a link "
-      "into "
-      "the blobs of the same Hugging Face cache repository",
-      shown(file), shown(target), shown(root));
-}
-
 bool is_there(const fs::path& path) {
   std::error_code error;
   return fs::exists(path, error);
@@ -111,6 +88,27 @@ void require_shards(const fs::path& folder, const std::string& index_path,
 
 }  // namespace
 
+void check_stays_inside(const std::string& folder, const std::string& file) {
+  std::error_code error;
+  const fs::path root = fs::canonical(folder, error);
+  if (error) fail("{}: cannot resolve: {}", shown(folder), error.message());
+  const fs::path target = fs::canonical(file, error);
+  if (error) fail("{}: cannot resolve: {}", shown(file), error.message());
+  if (is_inside(target, root)) return;
+  for (fs::path at = root; at.has_relative_path(); at = at.parent_path()) {
+    const fs::path repository = at.parent_path();
+    if (at.filename() == "snapshots" && repository.filename().string().starts_with("models--")) {
+      if (is_inside(target, repository / "blobs")) return;
+      break;
+    }
+  }
+  fail(
+      "{}: is a link to {}, outside the model's folder {}; expected the file itself, or a link "
+      "into "
+      "the blobs of the same Hugging Face cache repository",
+      shown(file), shown(target), shown(root));
+}
+
 Checkpoint Checkpoint::open(const std::string& path) {
   const fs::path given(path);
   std::error_code error;
@@ -156,6 +154,7 @@ Checkpoint Checkpoint::open_shards(const std::string& folder, const std::string&
   require_shards(folder, index_path, index);
 
   Checkpoint checkpoint;
+  checkpoint.has_index_ = true;
   ProblemList problems;
   size_t num_unnamed = 0, num_tensors = 0;
   std::string first_unnamed;

@@ -25,6 +25,10 @@
 
 namespace indexcache {
 
+// Error for a link that leads out of `folder`, by the rule above; `folder` itself may have been
+// reached through links.
+void check_stays_inside(const std::string& folder, const std::string& file);
+
 class Checkpoint {
  public:
   Checkpoint() = default;  // empty, for add()
@@ -41,6 +45,8 @@ class Checkpoint {
   const std::string& file_of(
       const TensorView& view) const;  // for messages: the file that holds it, else `path`
 
+  bool has_index() const { return has_index_; }  // shards with an index, not one file
+
   void add(std::string name, Tensor tensor);  // CHECK that the name is new
 
  private:
@@ -50,6 +56,7 @@ class Checkpoint {
   TensorMap tensors_;
   std::vector<MappedFile> files_;
   std::vector<Tensor> owned_;
+  bool has_index_ = false;
 };
 
 }  // namespace indexcache

@@ -1,4 +1,4 @@
-#include "model/config.h"
+#include "checkpoint/config.h"
 
 #include <gtest/gtest.h>
 

@@ -136,6 +136,18 @@ void write_safetensors(const std::string& path,
                      });
 }
 
+void write_shard_index(const std::string& path,
+                       const std::map<std::string, std::string>& weight_map, uint64_t total_bytes) {
+  std::string text = fmt::format(
+      "{{\n  \"metadata\": {{\n    \"total_size\": {}\n  }},\n  \"weight_map\": {{", total_bytes);
+  const std::string where = printable(path, 400);
+  Comma comma;
+  for (const auto& [name, file] : weight_map)
+    text += fmt::format("{}\n    {}: \"{}\"", comma(), quoted(name, where), file);
+  text += "\n  }\n}\n";
+  write_text_file(path, text);
+}
+
 std::vector<std::string> write_sharded_safetensors(const std::string& folder,
                                                    std::vector<TensorSpec> specs,
                                                    const Metadata& metadata,
@@ -176,15 +188,7 @@ std::vector<std::string> write_sharded_safetensors(const std::string& folder,
     for (const TensorSpec& spec : shards[i]) weight_map[spec.name] = files.back();
     stream_safetensors((root / files.back()).string(), std::move(shards[i]), metadata, source);
   }
-  const std::string where = printable((root / index).string(), 400);
-  std::string text = fmt::format(
-      "{{\n  \"metadata\": {{\n    \"total_size\": {}\n  }},\n  \"weight_map\": {{", total_bytes);
-  Comma comma;
-  for (const auto& [name, file] : weight_map) {
-    text += fmt::format("{}\n    {}: \"{}\"", comma(), quoted(name, where), file);
-  }
-  text += "\n  }\n}\n";
-  write_text_file((root / index).string(), text);
+  write_shard_index((root / index).string(), weight_map, total_bytes);
   files.push_back(index);
   return files;
 }

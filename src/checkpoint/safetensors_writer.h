@@ -12,6 +12,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <span>
 #include <string>
 #include <utility>
@@ -45,6 +46,10 @@ void write_safetensors(const std::string& path,
 // The same with one tensor in memory at a time.
 void stream_safetensors(const std::string& path, std::vector<TensorSpec> specs,
                         const Metadata& metadata, const TensorSource& source);
+
+// model.safetensors.index.json: the shard (a plain file name) of each tensor, and the bytes of all.
+void write_shard_index(const std::string& path,
+                       const std::map<std::string, std::string>& weight_map, uint64_t total_bytes);
 
 // Fills shards in the order of `specs`, each up to `max_shard_bytes` of tensor data (a larger
 // tensor gets a shard of its own). One shard is written as model.safetensors; more as

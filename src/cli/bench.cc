@@ -52,7 +52,7 @@ struct OpTable {
 };
 
 struct BenchResult {
-  std::string model;
+  std::string model, indexers;
   std::vector<BenchRow> rows;
   std::vector<OpTable> ops;  // over the whole prefill and all decoding of a plan
   double matmul_flops_per_s = 0;
@@ -196,6 +196,7 @@ Json rows_json(const BenchResult& result) {
                     {"shared_layer_us", r.shared_layer_us},
                     {"peak_rss_bytes", r.peak_rss_bytes},
                     {"other_bytes", r.other_bytes}});
+    if (!result.indexers.empty()) rows.back()["indexers"] = result.indexers;
   }
   return rows;
 }
@@ -284,17 +285,22 @@ int bench(BenchFlags flags) {
   std::string default_plan;
   if (flags.shape.name.empty()) {
     source = open_model(flags.common.model);
-    default_plan = to_string(source.config.index_plan);
   } else {
     default_plan = to_string(shape_config(flags.shape).index_plan);
     flags.shape.plan = "1/1";  // an indexer in every layer, so that any plan can be run
     source = synthetic_source(flags.shape);
   }
   // Every plan is checked before the first is timed.
-  const auto has_indexer = layers_with_indexer(list_tensors(source.checkpoint), source.config);
+  const LaidOver laid =
+      lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
+  if (default_plan.empty() || laid.adapter) default_plan = to_string(laid.config.index_plan);
   for (std::string& plan : flags.plans) {
     options.plan = plan == "default" ? default_plan : plan == "all" ? "1/1" : plan;
-    plan = to_string(plan_in_force(source.config, has_indexer, options, source.checkpoint.path));
+    plan = to_string(plan_in_force(laid.config, laid.layer_has_indexer, options, laid.where));
+  }
+  if (laid.adapter) {
+    result.indexers = options.indexers;
+    info("indexers: {}, trained under {}", printable(options.indexers, 400), laid.adapter->plan);
   }
   info("seed {}, random tokens; weights {}", flags.seed,
        flags.shape.name.empty() ? "of the checkpoint" : "random");

@@ -38,11 +38,13 @@ int inspect(const InspectFlags& flags) {
     throw CLI::ValidationError("inspect", "expected either -m or --synthetic");
   RunOptions options = run_options(flags.common);
   ModelSource source;
-  const std::vector<TensorSpec> specs = list_specs(flags, &source);
-  const ModelConfig& config = source.config;
-  const IndexPlan plan =
-      plan_in_force(config, layers_with_indexer(specs, config), options,
-                    flags.shape.name.empty() ? flags.common.model : flags.shape.name);
+  std::vector<TensorSpec> own_specs = list_specs(flags, &source);
+  const LaidOver laid =
+      lay_over(source.config, std::move(own_specs),
+               flags.shape.name.empty() ? flags.common.model : flags.shape.name, options);
+  const ModelConfig& config = laid.config;
+  const std::vector<TensorSpec>& specs = laid.specs;
+  const IndexPlan plan = plan_in_force(config, laid.layer_has_indexer, options, laid.where);
   const Compute compute = resolve_compute(specs, options.compute);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
 
@@ -74,6 +76,7 @@ int inspect(const InspectFlags& flags) {
                 {"compute", compute_name(compute)},
                 {"tensors", specs.size()}};
     for (const auto& [type, bytes] : bytes_by_type) out["bytes_by_dtype"][type] = bytes;
+    if (laid.adapter) out["indexers"] = options.indexers;
     fmt::print("{}\n", out.dump(2));
     return 0;
   }
@@ -98,6 +101,10 @@ int inspect(const InspectFlags& flags) {
   }
   fmt::print("plan          {} ({} full of {})\n", to_string(plan), plan.num_full(),
              plan.num_layers());
+  if (laid.adapter) {
+    fmt::print("indexers      {}, trained under {}\n", printable(options.indexers, 400),
+               laid.adapter->plan);
+  }
   fmt::print("dtypes       ");
   for (const auto& [type, bytes] : bytes_by_type) fmt::print(" {} {}", type, format_bytes(bytes));
   fmt::print(

@@ -86,10 +86,13 @@ int logits(const LogitsFlags& flags) {
   for (const auto& [layer, tensor] : topk)
     out.emplace_back(fmt::format("topk.{}", layer), tensor.view());
   if (flags.greedy > 0) out.emplace_back("greedy", greedy.view());
-  write_safetensors(flags.output, out,
-                    {{"plan", to_string(engine.model.plan)}, {"model", config.fingerprint}});
-  info("{}: logits of {} tokens, plan {}, mean negative log likelihood {:.6f} nats/token",
-       flags.output, S, to_string(engine.model.plan), *mean_nll.as<double>());
+  Metadata metadata = {{"plan", to_string(engine.model.plan)}, {"model", config.fingerprint}};
+  if (engine.adapter) metadata["indexers"] = options.indexers;
+  write_safetensors(flags.output, out, metadata);
+  info("{}: logits of {} tokens, plan {}{}, mean negative log likelihood {:.6f} nats/token",
+       flags.output, S, to_string(engine.model.plan),
+       engine.adapter ? ", indexers " + printable(options.indexers, 400) : "",
+       *mean_nll.as<double>());
   return 0;
 }
 

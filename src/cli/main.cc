@@ -23,6 +23,11 @@ int run_program(int argc, char** argv) {
   add_bench_command(&program, &exit_code);
   add_logits_command(&program, &exit_code);
   add_inspect_command(&program, &exit_code);
+  add_export_command(&program, &exit_code);
+  add_search_command(&program, &exit_code);
+  add_overlap_command(&program, &exit_code);
+  add_eval_command(&program, &exit_code);
+  add_report_command(&program, &exit_code);
   add_synth_command(&program, &exit_code);
   try {
     program.parse(argc, argv);

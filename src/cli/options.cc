@@ -46,7 +46,10 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
       "--plan", flags->run.plan,
       "Index plan: FSSF..., 1/4, freq=4,offset=3, or a plan file (default: the checkpoint's)");
   command->add_flag("--force-plan", flags->run.force_plan,
-                    "Take a plan file that was made for another model");
+                    "Take a plan file or indexers that were made for another model");
+  command->add_option("--indexers", flags->run.indexers,
+                      "Trained indexers (indexers.safetensors) in place of the checkpoint's, with "
+                      "the plan they were trained under unless --plan says another");
   command->add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();

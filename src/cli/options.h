@@ -37,7 +37,12 @@ Tokenizer load_tokenizer(const std::string& model);
 void add_run_command(CLI::App* program, int* exit_code);
 void add_logits_command(CLI::App* program, int* exit_code);
 void add_inspect_command(CLI::App* program, int* exit_code);
+void add_export_command(CLI::App* program, int* exit_code);
 void add_bench_command(CLI::App* program, int* exit_code);
+void add_search_command(CLI::App* program, int* exit_code);
+void add_overlap_command(CLI::App* program, int* exit_code);
+void add_eval_command(CLI::App* program, int* exit_code);
+void add_report_command(CLI::App* program, int* exit_code);
 void add_synth_command(CLI::App* program, int* exit_code);
 
 }  // namespace indexcache

@@ -21,6 +21,10 @@ void print_engine(const Engine& engine) {
        compute_name(model.compute));
   info("plan: {} ({} full of {})", to_string(model.plan), model.plan.num_full(),
        model.plan.num_layers());
+  if (engine.adapter) {
+    info("indexers: {}, trained under {}", printable(engine.options.indexers, 400),
+         engine.adapter->plan);
+  }
   info(
       "memory: {} = weights {} + copies {} + cache {} ({} tokens, {} B each) + activations {}; {} "
       "threads",
@@ -71,7 +75,7 @@ void print_generation(const Engine& engine, const GenerateResult& result) {
 
 Json generation_json(const Engine& engine, const GenerateResult& result) {
   const char* finish[] = {"length", "stop", "interrupted", "context_full"};
-  return {
+  Json json = {
       {"tokens", result.tokens},
       {"finish_reason", finish[static_cast<int>(result.finish)]},
       {"plan", to_string(engine.model.plan)},
@@ -81,6 +85,8 @@ Json generation_json(const Engine& engine, const GenerateResult& result) {
       {"prefill_indexer_share", share(result.prefill_times.indexer, result.prefill_times.total())},
       {"decode_indexer_share", share(result.decode_times.indexer, result.decode_times.total())},
       {"peak_rss_bytes", peak_rss_bytes()}};
+  if (engine.adapter) json["indexers"] = engine.options.indexers;
+  return json;
 }
 
 }  // namespace indexcache

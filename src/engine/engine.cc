@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/checked.h"
+#include "base/log.h"
 #include "checkpoint/nonfinite.h"
 #include "plan/plan_file.h"
 
@@ -42,6 +43,12 @@ void check_memory(const MemoryPlan& plan, bool weights_in_memory) {
       fits > 0 ? fmt::format("the largest context that fits is {} tokens",
                              fits / kPageTokens * kPageTokens)
                : std::string("no context fits"));
+}
+
+std::string other_model(const IndexerAdapter& adapter, const ModelConfig& config) {
+  return fmt::format("{}: \"model_fingerprint\" is {}, this model's is {}",
+                     printable(adapter.tensors.path, 400), printable(adapter.model_fingerprint),
+                     config.fingerprint);
 }
 
 }  // namespace
@@ -84,19 +91,28 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
 
 namespace {
 
-Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPlan* memory) {
+Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPlan* memory,
+                 std::optional<IndexerAdapter>* adapter) {
   if (options.batch_tokens < 1)
     fail("a batch of {} tokens was asked for, expected at least 1", options.batch_tokens);
-  const std::vector<TensorSpec> specs = list_tensors(source.checkpoint);
+  LaidOver laid =
+      lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
+  *adapter = std::move(laid.adapter);
+  const IndexerAdapter* indexers = adapter->has_value() ? &**adapter : nullptr;
+  if (indexers != nullptr && indexers->model_fingerprint != source.config.fingerprint)
+    warn("{}; used all the same, as asked", other_model(*indexers, source.config));
   Model model;
-  model.config = source.config;
-  model.plan = plan_in_force(model.config, layers_with_indexer(specs, model.config), options,
-                             source.checkpoint.path);
-  model.compute = resolve_compute(specs, options.compute);
-  *memory = plan_memory(model.config, specs, model.plan, model.compute, options);
+  model.config = std::move(laid.config);
+  model.plan = plan_in_force(model.config, laid.layer_has_indexer, options, laid.where);
+  model.compute = resolve_compute(laid.specs, options.compute);
+  *memory = plan_memory(model.config, laid.specs, model.plan, model.compute, options);
   check_memory(*memory, source.in_memory);
-  if (options.check_tensors) check_finite(source.checkpoint);
-  model.weights = bind_weights(source.checkpoint, model.config, model.plan, model.compute);
+  if (options.check_tensors) {
+    check_finite(source.checkpoint);
+    if (indexers != nullptr) check_finite(indexers->tensors);
+  }
+  model.weights =
+      bind_weights(source.checkpoint, model.config, model.plan, model.compute, indexers);
   return model;
 }
 
@@ -106,8 +122,39 @@ ModelSource open_model(const std::string& path) {
   return {load_config(path), Checkpoint::open(path)};
 }
 
+LaidOver lay_over(const ModelConfig& config, std::vector<TensorSpec> specs,
+                  const std::string& where, const RunOptions& options) {
+  LaidOver laid;
+  laid.config = config;
+  laid.where = where;
+  if (options.indexers.empty()) {
+    laid.layer_has_indexer = layers_with_indexer(specs, config);
+    laid.specs = std::move(specs);
+    return laid;
+  }
+  laid.adapter = open_indexer_adapter(options.indexers);
+  laid.where = options.indexers;
+  if (laid.adapter->model_fingerprint != config.fingerprint && !options.force_plan)
+    fail("{}, expected indexers of this model", other_model(*laid.adapter, config));
+  // What the file says that it brings: that it does is checked, tensor by tensor, as it is bound.
+  laid.config.index_plan = adapter_plan(*laid.adapter, static_cast<int>(config.num_hidden_layers));
+  for (int layer = 0; layer < laid.config.index_plan.num_layers(); ++layer)
+    laid.layer_has_indexer.push_back(laid.config.index_plan.is_full(layer));
+  laid.specs = with_adapter(std::move(specs), *laid.adapter, config);
+  return laid;
+}
+
+IndexPlan widest_plan(const ModelSource& source, const RunOptions& options) {
+  const LaidOver laid =
+      lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
+  std::string letters;
+  for (const bool full : laid.layer_has_indexer) letters += full ? 'F' : 'S';
+  return plan_from_string(letters, static_cast<int>(letters.size()),
+                          printable(laid.where) + ": layers with an indexer");
+}
+
 Engine::Engine(const ModelSource& source, const RunOptions& options_in)
-    : model(bind_model(source, options_in, &memory)),
+    : model(bind_model(source, options_in, &memory, &adapter)),
       options(options_in),
       exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus()),
       cache(cache_shape(model.config, model.plan, model.compute,

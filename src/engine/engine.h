@@ -7,10 +7,12 @@
 #include <atomic>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "checkpoint/indexer_adapter.h"
 #include "engine/sampler.h"
 #include "model/forward.h"
 
@@ -21,9 +23,11 @@ enum class ComputeChoice { kAuto, kF32, kBF16 };
 struct RunOptions {
   int num_threads = 0;  // 0: all CPUs this process may use
   int64_t context = 0;  // tokens the cache must hold; 0: max_position_embeddings, at most 4096
-  int64_t batch_tokens = 512;                    // tokens of one forward pass of a prefill
-  std::string plan;                              // override; empty: what the checkpoint says
-  bool force_plan = false;                       // accept a plan file of another model
+  int64_t batch_tokens = 512;  // tokens of one forward pass of a prefill
+  std::string plan;            // override; empty: what the indexers were trained under, or what the
+                               // checkpoint says
+  std::string indexers;        // an indexer adapter in place of the checkpoint's indexers
+  bool force_plan = false;     // accept a plan file or indexers of another model
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
   bool check_tensors = false;                    // refuse a checkpoint with NaN or infinity
   std::map<std::string, std::string> forced_ops;
@@ -51,11 +55,29 @@ struct ModelSource {
 
 ModelSource open_model(const std::string& path);
 
+// What a model is with the indexers of `options.indexers` laid over it, or as it is without them.
+struct LaidOver {
+  std::optional<IndexerAdapter> adapter;
+  ModelConfig config;             // its plan is the adapter's
+  std::vector<TensorSpec> specs;  // indexers are the adapter's
+  std::vector<bool> layer_has_indexer;
+  std::string where;  // brings the indexers; for errors
+};
+
+// `specs` and `where` are the checkpoint's. Error for indexers of another model, unless forced.
+LaidOver lay_over(const ModelConfig& config, std::vector<TensorSpec> specs,
+                  const std::string& where, const RunOptions& options);
+
+// Every layer that has an indexer is full: an engine with this plan has the weights to run any plan
+// that the indexers in force allow (Model::plan may be replaced by a narrower one between passes).
+IndexPlan widest_plan(const ModelSource& source, const RunOptions& options);
+
 struct Engine {
   Engine(const ModelSource& source,
          const RunOptions& options);  // the source must outlive the engine
 
-  MemoryPlan memory;  // first: planned before the model is bound
+  MemoryPlan memory;                      // first: planned before the model is bound
+  std::optional<IndexerAdapter> adapter;  // behind the model's views
   Model model;
   RunOptions options;
   Exec exec;

@@ -242,37 +242,6 @@ void Pass::mixture_of_experts(const MoeWeights& w) {
   if (w.shared_experts.gate_proj.present()) dense_mlp(w.shared_experts);
 }
 
-// Fills ids, positions, spans and the rope table of the batch; returns T.
-int64_t begin_batch(const Model& model, Activations& a, std::span<const BatchSequence> batch) {
-  a.token_ids.clear();
-  a.token_positions.clear();
-  a.spans.clear();
-  for (const BatchSequence& sequence : batch) {
-    const int64_t count = static_cast<int64_t>(sequence.tokens.size()),
-                  first = sequence.cache->num_tokens;
-    CHECK_GE(count, 1);
-    CHECK_LE(sequence.num_logits, count);
-    CHECK_GE(static_cast<int64_t>(sequence.cache->pages.size()) * kPageTokens, first + count);
-    a.spans.push_back(
-        {static_cast<int64_t>(a.token_ids.size()), count, first, sequence.cache->pages.data()});
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t id = sequence.tokens[static_cast<size_t>(i)];
-      if (id < 0 || id >= model.config.vocab_size) {
-        fail("token {} of the input is {}, expected 0 to {} (vocab_size {})", first + i, id,
-             model.config.vocab_size - 1, model.config.vocab_size);
-      }
-      a.token_ids.push_back(id);
-      a.token_positions.push_back(static_cast<int32_t>(first + i));
-    }
-  }
-  const int64_t T = static_cast<int64_t>(a.token_ids.size());
-  CHECK_LE(T, a.max_tokens);
-  const RopeConfig& rope = model.config.rope;
-  fill_rope_table(a.token_positions, rope_inv_freq(rope, model.config.attention.qk_rope_head_dim),
-                  rope_cos_sin_scale(rope), &a.rope);
-  return T;
-}
-
 // Adds the time since the last lap to whatever part it is given.
 struct Stopwatch {
   double last = monotonic_seconds();
@@ -301,30 +270,61 @@ KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compu
   return shape;
 }
 
-void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
-             std::span<BatchSequence> batch, float* logits, const ForwardTap* tap,
-             ForwardTimes* times) {
-  const ModelConfig& config = model.config;
-  const int64_t hidden = config.hidden_size;
-  Stopwatch watch;
-  ForwardTimes unused;
-  ForwardTimes& t = times != nullptr ? *times : unused;
-  t.layer_seconds.resize(model.weights.layers.size());
+void begin_forward(const Model& model, Activations& a, std::span<const BatchSequence> batch) {
+  a.token_ids.clear();
+  a.token_positions.clear();
+  a.spans.clear();
+  for (const BatchSequence& sequence : batch) {
+    const int64_t count = static_cast<int64_t>(sequence.tokens.size()),
+                  first = sequence.cache->num_tokens;
+    CHECK_GE(count, 1);
+    CHECK_LE(sequence.num_logits, count);
+    CHECK_GE(static_cast<int64_t>(sequence.cache->pages.size()) * kPageTokens, first + count);
+    a.spans.push_back(
+        {static_cast<int64_t>(a.token_ids.size()), count, first, sequence.cache->pages.data()});
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t id = sequence.tokens[static_cast<size_t>(i)];
+      if (id < 0 || id >= model.config.vocab_size) {
+        fail("token {} of the input is {}, expected 0 to {} (vocab_size {})", first + i, id,
+             model.config.vocab_size - 1, model.config.vocab_size);
+      }
+      a.token_ids.push_back(id);
+      a.token_positions.push_back(static_cast<int32_t>(first + i));
+    }
+  }
+  CHECK_LE(static_cast<int64_t>(a.token_ids.size()), a.max_tokens);
+  const RopeConfig& rope = model.config.rope;
+  fill_rope_table(a.token_positions, rope_inv_freq(rope, model.config.attention.qk_rope_head_dim),
+                  rope_cos_sin_scale(rope), &a.rope);
+}
 
-  const int64_t T = begin_batch(model, a, batch);
-  Pass pass{exec, model, cache, a, T};
-  const std::span<const float> residual(a.x, static_cast<size_t>(T * hidden));
+void run_embedding(Exec& exec, const Model& model, Activations& a, ForwardTimes* times) {
+  Stopwatch watch;
   const Weight& embed = model.weights.embed_tokens;
   gather_rows(exec, {.dtype = embed.dtype,
                      .table = embed.data,
                      .table_rows = embed.rows,
-                     .row_elements = hidden,
+                     .row_elements = model.config.hidden_size,
                      .ids = a.token_ids.data(),
-                     .num_rows = T,
+                     .num_rows = static_cast<int64_t>(a.token_ids.size()),
                      .y = a.x});
-  t.head += watch.lap();
+  if (times != nullptr) times->head += watch.lap();
+}
 
-  for (int layer = 0; layer < static_cast<int>(config.num_hidden_layers); ++layer) {
+void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, int first_layer,
+                int last_layer, const ForwardTap* tap, ForwardTimes* times) {
+  const ModelConfig& config = model.config;
+  CHECK_GE(first_layer, 0);
+  CHECK_LE(last_layer, static_cast<int>(config.num_hidden_layers));
+  const int64_t hidden = config.hidden_size, T = static_cast<int64_t>(a.token_ids.size());
+  Stopwatch watch;
+  ForwardTimes unused;
+  ForwardTimes& t = times != nullptr ? *times : unused;
+  t.layer_seconds.resize(model.weights.layers.size());
+  Pass pass{exec, model, cache, a, T};
+  const std::span<const float> residual(a.x, static_cast<size_t>(T * hidden));
+
+  for (int layer = first_layer; layer < last_layer; ++layer) {
     const LayerWeights& w = model.weights.layers[static_cast<size_t>(layer)];
     const double start = watch.last;
     if (tap != nullptr && tap->hidden) tap->hidden(layer, residual);
@@ -348,10 +348,23 @@ void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
     t.ffn += watch.lap();
     t.layer_seconds[static_cast<size_t>(layer)] += watch.last - start;
   }
+}
 
+void run_head(Exec& exec, const Model& model, Activations& a, std::span<const BatchSequence> batch,
+              float* logits, const ForwardTap* tap, ForwardTimes* times) {
+  const ModelConfig& config = model.config;
+  const int64_t hidden = config.hidden_size, T = static_cast<int64_t>(a.token_ids.size());
+  Stopwatch watch;
   // The rows that want logits are gathered to the front of `normed`; with a tap, all rows are shown
   // first.
-  pass.norm(a.x, hidden, model.weights.norm, config.rms_norm_eps, a.normed, hidden);
+  rms_norm(exec, {.x = a.x,
+                  .ldx = hidden,
+                  .weight = model.weights.norm.data(),
+                  .eps = static_cast<float>(config.rms_norm_eps),
+                  .num_rows = T,
+                  .row_elements = hidden,
+                  .y = a.normed,
+                  .ldy = hidden});
   if (tap != nullptr && tap->hidden) {
     tap->hidden(static_cast<int>(config.num_hidden_layers),
                 {a.normed, static_cast<size_t>(T * hidden)});
@@ -362,14 +375,26 @@ void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
     std::copy(a.normed + (end - sequence.num_logits) * hidden, a.normed + end * hidden,
               a.normed + rows * hidden);
     rows += sequence.num_logits;
-    sequence.cache->num_tokens += static_cast<int64_t>(sequence.tokens.size());
   }
   if (rows > 0) {
-    const MatmulGroup head{a.normed, hidden,           rows, model.weights.lm_head,
-                           logits,   config.vocab_size};
-    matmul(exec, {{&head, 1}, model.compute, false});
+    const MatmulGroup group{a.normed, hidden,           rows, model.weights.lm_head,
+                            logits,   config.vocab_size};
+    matmul(exec, {{&group, 1}, model.compute, false});
   }
-  t.head += watch.lap();
+  if (times != nullptr) times->head += watch.lap();
+}
+
+void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
+             std::span<BatchSequence> batch, float* logits, const ForwardTap* tap,
+             ForwardTimes* times) {
+  begin_forward(model, a, batch);
+  run_embedding(exec, model, a, times);
+  run_layers(exec, model, cache, a, 0, static_cast<int>(model.config.num_hidden_layers), tap,
+             times);
+  run_head(exec, model, a, batch, logits, tap, times);
+  for (const BatchSequence& sequence : batch) {
+    sequence.cache->num_tokens += static_cast<int64_t>(sequence.tokens.size());
+  }
 }
 
 }  // namespace indexcache

@@ -100,4 +100,20 @@ void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activa
              std::span<BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
              ForwardTimes* times = nullptr);
 
+// The parts that forward() is made of, for a caller that runs only some layers. Between them the
+// residual stream is `activations.x` and the selection in force `activations.positions` and
+// `counts`; the caller may read and replace both. A layer needs nothing else from the layers before
+// it, so a pass may begin at any layer with what an earlier pass of the same tokens had there.
+// forward() adds the batch's tokens to the caches at the end; a caller of the parts does so itself.
+void begin_forward(const Model& model, Activations& activations,
+                   std::span<const BatchSequence> batch);
+void run_embedding(Exec& exec, const Model& model, Activations& activations,
+                   ForwardTimes* times = nullptr);
+void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& activations,
+                int first_layer, int last_layer, const ForwardTap* tap = nullptr,
+                ForwardTimes* times = nullptr);
+void run_head(Exec& exec, const Model& model, Activations& activations,
+              std::span<const BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
+              ForwardTimes* times = nullptr);
+
 }  // namespace indexcache

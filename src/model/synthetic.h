@@ -10,8 +10,8 @@
 #include <string>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/config.h"
 #include "checkpoint/safetensors_writer.h"
-#include "model/config.h"
 
 namespace indexcache {
 

@@ -16,25 +16,6 @@ const std::vector<DType> kNormTypes = {DType::kF32, DType::kF16, DType::kBF16};
 
 std::string layer_prefix(int64_t layer) { return fmt::format("model.layers.{}.", layer); }
 
-// Prefixes of tensors that the model does not use, with the reason.
-std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConfig& config,
-                                                                 const IndexPlan& plan) {
-  std::vector<std::pair<std::string, std::string>> prefixes;
-  for (int64_t i = 0; i < std::max<int64_t>(config.num_nextn_predict_layers, 1); ++i) {
-    prefixes.emplace_back(layer_prefix(config.num_hidden_layers + i),
-                          "MTP layers, which are not run");
-  }
-  for (int layer = 0; layer < plan.num_layers(); ++layer) {
-    if (!plan.is_full(layer)) {
-      prefixes.emplace_back(layer_prefix(layer) + "self_attn.indexer.",
-                            "indexers of shared layers");
-    }
-  }
-  if (config.tie_word_embeddings)
-    prefixes.emplace_back("lm_head.", "the head, which is tied to the embedding");
-  return prefixes;
-}
-
 // What was asked of the binder, to be turned into Weights once finish() has found no problem.
 struct Loader {
   Binder& binder;
@@ -89,7 +70,7 @@ struct Loader {
     vector(&weights->k_norm_bias, prefix + "k_norm.bias", indexer.index_head_dim);
   }
 
-  void layer(LayerWeights* weights, Weight* kv_b_proj, int index, bool full) {
+  void layer(LayerWeights* weights, Weight* kv_b_proj, int index, bool with_indexer) {
     const AttentionConfig& attn = config.attention;
     const std::string prefix = layer_prefix(index), self_attn = prefix + "self_attn.";
     const int64_t heads = attn.num_attention_heads;
@@ -107,7 +88,7 @@ struct Loader {
            heads * (attn.qk_nope_head_dim + attn.v_head_dim), attn.kv_lora_rank);
     matrix(&weights->o_proj, self_attn + "o_proj.weight", config.hidden_size,
            heads * attn.v_head_dim);
-    if (full) indexer(&weights->indexer, self_attn + "indexer.");
+    if (with_indexer) indexer(&weights->indexer, self_attn + "indexer.");
     if (config.is_moe(index)) {
       moe(&weights->moe, prefix + "mlp.");
     } else {
@@ -195,14 +176,58 @@ void check_quantization(const Checkpoint& checkpoint, const ModelConfig& config)
 
 }  // namespace
 
+std::string indexer_prefix(int64_t layer) { return layer_prefix(layer) + "self_attn.indexer."; }
+
+std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConfig& config,
+                                                                 const IndexPlan& plan) {
+  std::vector<std::pair<std::string, std::string>> prefixes;
+  for (int64_t i = 0; i < std::max<int64_t>(config.num_nextn_predict_layers, 1); ++i) {
+    prefixes.emplace_back(layer_prefix(config.num_hidden_layers + i),
+                          "MTP layers, which are not run");
+  }
+  for (int layer = 0; layer < plan.num_layers(); ++layer) {
+    if (!plan.is_full(layer)) {
+      prefixes.emplace_back(indexer_prefix(layer), "indexers of shared layers");
+    }
+  }
+  if (config.tie_word_embeddings)
+    prefixes.emplace_back("lm_head.", "the head, which is tied to the embedding");
+  return prefixes;
+}
+
+namespace {
+
+void bind_adapter(const IndexerAdapter& adapter, const ModelConfig& config, const IndexPlan& plan,
+                  Compute compute, Weights* weights) {
+  const IndexPlan brought = adapter_plan(adapter, static_cast<int>(config.num_hidden_layers));
+  Binder binder(adapter.tensors);
+  Loader loader{binder, config, compute, *weights, {}, {}};
+  std::deque<IndexerWeights> not_used;  // checked all the same
+  for (int layer = 0; layer < brought.num_layers(); ++layer) {
+    if (!brought.is_full(layer)) continue;
+    IndexerWeights* indexer = plan.is_full(layer)
+                                  ? &weights->layers[static_cast<size_t>(layer)].indexer
+                                  : &not_used.emplace_back();
+    loader.indexer(indexer, indexer_prefix(layer));
+  }
+  binder.finish();
+  loader.resolve(printable(adapter.tensors.path));
+}
+
+}  // namespace
+
 Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
-                     Compute compute) {
+                     Compute compute, const IndexerAdapter* adapter) {
   check_quantization(checkpoint, config);
   Weights weights;
   Binder binder(checkpoint);
   Loader loader{binder, config, compute, weights, {}, {}};
   for (const auto& [prefix, reason] : unused_prefixes(config, plan))
     binder.ignore_prefix(prefix, reason);
+  for (int layer = 0; adapter != nullptr && layer < plan.num_layers(); ++layer) {
+    if (plan.is_full(layer))
+      binder.ignore_prefix(indexer_prefix(layer), "indexers, which an adapter replaces");
+  }
 
   loader.matrix(&weights.embed_tokens, "model.embed_tokens.weight", config.vocab_size,
                 config.hidden_size);
@@ -214,12 +239,13 @@ Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, co
   std::vector<Weight> kv_b_proj(weights.layers.size());
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     loader.layer(&weights.layers[i], &kv_b_proj[i], static_cast<int>(i),
-                 plan.is_full(static_cast<int>(i)));
+                 adapter == nullptr && plan.is_full(static_cast<int>(i)));
   }
   binder.finish();
   if (const std::string ignored = binder.ignored_summary(); !ignored.empty()) info("{}", ignored);
 
   loader.resolve(printable(checkpoint.path));
+  if (adapter != nullptr) bind_adapter(*adapter, config, plan, compute, &weights);
   if (config.tie_word_embeddings) weights.lm_head = weights.embed_tokens;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     split_kv_b(kv_b_proj[i], config.attention, compute, &weights.layers[i], &weights);
@@ -234,13 +260,26 @@ std::vector<TensorSpec> list_tensors(const Checkpoint& checkpoint) {
   return specs;
 }
 
+std::vector<TensorSpec> with_adapter(std::vector<TensorSpec> specs, const IndexerAdapter& adapter,
+                                     const ModelConfig& config) {
+  std::vector<std::string> replaced;
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer)
+    replaced.push_back(indexer_prefix(layer));
+  std::erase_if(specs, [&](const TensorSpec& spec) {
+    return std::any_of(replaced.begin(), replaced.end(),
+                       [&](const std::string& prefix) { return spec.name.starts_with(prefix); });
+  });
+  for (TensorSpec& spec : list_tensors(adapter.tensors)) specs.push_back(std::move(spec));
+  return specs;
+}
+
 std::vector<bool> layers_with_indexer(const std::vector<TensorSpec>& specs,
                                       const ModelConfig& config) {
   std::unordered_set<std::string_view> names;
   for (const TensorSpec& spec : specs) names.insert(spec.name);
   std::vector<bool> present;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    present.push_back(names.contains(layer_prefix(layer) + "self_attn.indexer.wq_b.weight"));
+    present.push_back(names.contains(indexer_prefix(layer) + "wq_b.weight"));
   }
   return present;
 }

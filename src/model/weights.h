@@ -6,6 +6,9 @@
 // A shared layer owns no indexer weights: its IndexerWeights are absent even where the checkpoint
 // ships them. MTP layers are skipped with a message. Every missing, surplus, wrong-shape or
 // wrong-dtype tensor is listed in one Error.
+//
+// An indexer adapter takes the place of the checkpoint's own indexers, which are then not read; it
+// must hold the indexers of all full layers of its plan, and nothing else.
 #pragma once
 
 #include <deque>
@@ -13,8 +16,9 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/config.h"
+#include "checkpoint/indexer_adapter.h"
 #include "checkpoint/safetensors_writer.h"
-#include "model/config.h"
 #include "ops/matmul/matmul.h"
 
 namespace indexcache {
@@ -65,13 +69,25 @@ struct Weights {
   std::deque<std::vector<float>> scales;  // behind Weight::scale_inv
 };
 
-// `plan` is the plan in force. Owned copies are made in `compute`'s type.
+// `plan` is the plan in force; with an adapter (null: none), all its full layers are full in the
+// adapter's. Owned copies are made in `compute`'s type.
 Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
-                     Compute compute);
+                     Compute compute, const IndexerAdapter* adapter = nullptr);
+
+// How the names of a layer's indexer tensors begin.
+std::string indexer_prefix(int64_t layer);
+
+// Prefixes of tensors that the model does not use under a plan, each with the reason.
+std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConfig& config,
+                                                                 const IndexPlan& plan);
 
 // What follows from names, types and shapes alone, before any weight is read. A checkpoint's list
 // is list_tensors(); one that is yet to be made has checkpoint_specs().
 std::vector<TensorSpec> list_tensors(const Checkpoint& checkpoint);
+
+// The same with an adapter's indexers in place of the checkpoint's.
+std::vector<TensorSpec> with_adapter(std::vector<TensorSpec> specs, const IndexerAdapter& adapter,
+                                     const ModelConfig& config);
 
 // Which layers have an indexer: what a plan may make full.
 std::vector<bool> layers_with_indexer(const std::vector<TensorSpec>& specs,

@@ -71,15 +71,24 @@ std::string letters(int num_layers, IsFull is_full) {
   return plan;
 }
 
-std::string vllm_plan(const Json& config, int num_layers) {
-  if (const auto pattern = find_pattern("vLLM", config)) {
+// vllm-ascend copied vLLM's rule.
+std::string vllm_rule(const char* engine, const Json& config, int num_layers) {
+  if (const auto pattern = find_pattern(engine, config)) {
     return letters(num_layers,
                    [&](size_t i) { return i >= pattern->size() || (*pattern)[i] != "S"; });
   }
-  const double freq = number_or("vLLM", "index_topk_freq", find(config, "index_topk_freq"), 1);
+  const double freq = number_or(engine, "index_topk_freq", find(config, "index_topk_freq"), 1);
   const double offset =
-      number_or("vLLM", "index_skip_topk_offset", find(config, "index_skip_topk_offset"), 2);
-  return letters(num_layers, [&](int i) { return rule_is_full("vLLM", i, freq, offset); });
+      number_or(engine, "index_skip_topk_offset", find(config, "index_skip_topk_offset"), 2);
+  return letters(num_layers, [&](int i) { return rule_is_full(engine, i, freq, offset); });
+}
+
+std::string vllm_plan(const Json& config, int num_layers) {
+  return vllm_rule("vLLM", config, num_layers);
+}
+
+std::string vllm_ascend_plan(const Json& config, int num_layers) {
+  return vllm_rule("vllm-ascend", config, num_layers);
 }
 
 std::string sglang_plan(const Json& config, int num_layers) {
@@ -175,6 +184,7 @@ constexpr EngineRule kRules[] = {
     {"sglang", sglang_plan},
     {"tensorrt-llm", tensorrt_llm_plan},
     {"transformers", transformers_plan},
+    {"vllm-ascend", vllm_ascend_plan},
     {"thudm", thudm_plan},
 };
 

@@ -185,8 +185,9 @@ TEST(EngineRules, UnknownEngineIsAnError) {
     engine_rule("vlm");
     FAIL();
   } catch (const Error& e) {
-    EXPECT_NE(std::string(e.what()).find("vllm, sglang, tensorrt-llm, transformers, thudm"),
-              std::string::npos);
+    EXPECT_NE(
+        std::string(e.what()).find("vllm, sglang, tensorrt-llm, transformers, vllm-ascend, thudm"),
+        std::string::npos);
   }
 }
 

@@ -213,8 +213,8 @@ void check_indexer_weights(const IndexPlan& plan, const std::vector<bool>& layer
     ++num_missing;
   }
   if (num_missing == 0) return;
-  fail("{}: the plan {} makes {} layer{} full for which the checkpoint has no indexer weights: {}",
-       where, to_string(plan), num_missing, num_missing == 1 ? "" : "s", missing);
+  fail("{}: the plan {} makes {} layer{} full for which there are no indexer weights: {}", where,
+       to_string(plan), num_missing, num_missing == 1 ? "" : "s", missing);
 }
 
 }  // namespace indexcache
