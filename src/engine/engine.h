@@ -17,6 +17,7 @@
 namespace indexcache {
 
 enum class ComputeChoice { kAuto, kF32, kBF16 };
+enum class IndexerKeys { kAuto, kI8 };  // auto: in the cache's type
 
 struct RunOptions {
   int num_threads = 0;  // 0: all CPUs this process may use
@@ -25,7 +26,8 @@ struct RunOptions {
   std::string plan;                              // override; empty: what the checkpoint says
   bool force_plan = false;                       // accept a plan file of another model
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
-  bool check_tensors = false;                    // refuse a checkpoint with NaN or infinity
+  IndexerKeys indexer_keys = IndexerKeys::kAuto;
+  bool check_tensors = false;  // refuse a checkpoint with NaN or infinity
   std::map<std::string, std::string> forced_ops;
 };
 
@@ -68,6 +70,7 @@ struct Engine {
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where);
 Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
+DType indexer_dtype(Compute compute, IndexerKeys choice);  // in the cache
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 
