@@ -67,6 +67,11 @@ TEST_F(Cli, InspectJsonKeepsItsContract) {
   EXPECT_EQ(out.at("plan"), "FS");
   // Two layers of bf16 latents and one of indexer keys: 2 * (128 + 32) * 2 + 64 * 2 bytes.
   EXPECT_EQ(out.at("cache_bytes_per_token"), 768);
+  EXPECT_EQ(out.at("indexer_keys"), "bf16");
+  // int8 indexer keys: 64 bytes and a scale of 4.
+  const Json int8 = output_json({"inspect", "-m", model_, "--json", "--indexer-keys", "i8"});
+  EXPECT_EQ(int8.at("cache_bytes_per_token"), 768 - 2 * 64 + 64 + 4);
+  EXPECT_EQ(int8.at("indexer_keys"), "i8");
   EXPECT_GT(out.at("weights_bytes").get<uint64_t>(), 3u << 20);
   EXPECT_LE(out.at("weights_bytes").get<uint64_t>(),
             std::filesystem::file_size(model_ + "/model.safetensors"));
@@ -87,6 +92,11 @@ TEST_F(Cli, GreedyIsRepeatable) {
   const Json tokens = output_json(run_args({"--tokens", ids, "-n", "8"}));
   ASSERT_EQ(tokens.size(), 8u);
   EXPECT_EQ(output_json(run_args({"--tokens", ids, "-n", "8", "-t", "1"})), tokens);
+  EXPECT_EQ(output_json(run_args({"--tokens", ids, "-n", "8", "--indexer-keys", "auto"})), tokens);
+  const std::vector<std::string> int8 =
+      run_args({"--tokens", ids, "-n", "8", "--indexer-keys", "i8"});
+  EXPECT_EQ(output_json(int8).size(), 8u);
+  EXPECT_EQ(output_json(int8), output_json(int8));
   EXPECT_EQ(output_json(run_args({"--tokens", ids, "-n", "1"})), Json::array({tokens[0]}));
   EXPECT_EQ(output(run_args({"--tokens", ids, "-n", "0"})), "[]\n");
   EXPECT_EQ(output(run_args({"-p", "hello", "-n", "0"})), "\n");
@@ -219,6 +229,10 @@ TEST_F(Cli, WrongUseIsTwo) {
       {"run", "-m", model_, "-p", "x", "-f", "y"},
       {"run", "-m", model_, "-p", "x", "--device", "tpu"},
       {"run", "-m", model_, "-p", "x", "--dtype", "int3"},
+      {"run", "-m", model_, "-p", "x", "--indexer-keys", "int3"},
+      {"run", "-m", model_, "-p", "x", "--indexer-keys"},
+      {"bench", "-m", model_, "--indexer-keys", "f8"},
+      {"logits", "-m", model_, "--tokens", "x", "-o", "y", "--indexer-keys", "I8"},
       {"run", "-m", model_, "-p", "x", "--force", "matmul"},
       {"run", "-m", model_, "-p", "x", "--force", "matmull=ref"},
       {"bench", "-m", model_, "--json", "--csv"},

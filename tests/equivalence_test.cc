@@ -213,6 +213,24 @@ TEST(Equivalence, ThreadsChangeNoBit) {
   }
 }
 
+// int8 indexer keys are read back from the cache as they were written, whatever the chunks and
+// threads.
+TEST(Equivalence, Int8IndexerKeysDoNotDependOnChunks) {
+  const ModelSource source = small_source("FFSFS");
+  const std::vector<int32_t> tokens = random_tokens(14);
+  RunOptions options = small_options();
+  const Trace f32 = trace_of(source, options, tokens);
+  options.indexer_keys = IndexerKeys::kI8;
+  const Trace whole = trace_of(source, options, tokens);
+  EXPECT_NE(whole.positions, f32.positions) << "the option did nothing";
+  for (const int64_t chunk : {1, 7, 64}) {
+    SCOPED_TRACE(chunk);
+    options.batch_tokens = chunk;
+    options.num_threads = chunk == 7 ? 3 : 2;
+    expect_close(trace_of(source, options, tokens), whole);
+  }
+}
+
 // Every implementation of the heavy ops carries the whole model to the same answer.
 TEST(Equivalence, ImplementationsAgree) {
   const ModelSource source = small_source("FFSFS");

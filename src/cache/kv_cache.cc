@@ -7,29 +7,34 @@ namespace indexcache {
 
 namespace {
 
-int64_t page_bytes(const KvCacheShape& shape, int64_t row_elements) {
-  return kPageTokens * row_elements * dtype_bytes(shape.dtype);
+int64_t latent_row_bytes(const KvCacheShape& shape) {
+  return paged_row_bytes(shape.dtype, shape.latent_elements);
+}
+
+int64_t indexer_row_bytes(const KvCacheShape& shape) {
+  return paged_row_bytes(shape.indexer_dtype, shape.indexer_elements);
 }
 
 }  // namespace
 
 int64_t cache_bytes_per_token(const KvCacheShape& shape) {
-  int64_t elements = 0;
+  int64_t bytes = 0;
   for (const bool full : shape.layer_is_full) {
-    elements += shape.latent_elements + (full ? shape.indexer_elements : 0);
+    bytes += latent_row_bytes(shape) + (full ? indexer_row_bytes(shape) : 0);
   }
-  return elements * dtype_bytes(shape.dtype);
+  return bytes;
 }
 
 KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
   CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16);
+  CHECK(shape.indexer_dtype == DType::kF32 || shape.indexer_dtype == DType::kBF16 ||
+        shape.indexer_dtype == DType::kI8);
   CHECK_GE(shape.num_pages, 0);
   CHECK_LE(shape.num_pages, INT32_MAX);
   for (const bool full : shape.layer_is_full) {
-    latent_.emplace_back(
-        static_cast<size_t>(shape.num_pages * page_bytes(shape, shape.latent_elements)));
-    indexer_keys_.emplace_back(static_cast<size_t>(
-        full ? shape.num_pages * page_bytes(shape, shape.indexer_elements) : 0));
+    const int64_t tokens = shape.num_pages * kPageTokens;
+    latent_.emplace_back(static_cast<size_t>(tokens * latent_row_bytes(shape)));
+    indexer_keys_.emplace_back(static_cast<size_t>(full ? tokens * indexer_row_bytes(shape) : 0));
   }
   // Low pages are given first, so that a fresh cache fills from the front.
   for (int64_t page = shape.num_pages - 1; page >= 0; --page)
@@ -37,13 +42,13 @@ KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
 }
 
 PagedRows KvCache::latent(int layer) {
-  return {shape_.dtype, shape_.latent_elements, page_bytes(shape_, shape_.latent_elements),
+  return {shape_.dtype, shape_.latent_elements, kPageTokens * latent_row_bytes(shape_),
           latent_[static_cast<size_t>(layer)].data()};
 }
 
 PagedRows KvCache::indexer_keys(int layer) {
   CHECK(shape_.layer_is_full[static_cast<size_t>(layer)]);
-  return {shape_.dtype, shape_.indexer_elements, page_bytes(shape_, shape_.indexer_elements),
+  return {shape_.indexer_dtype, shape_.indexer_elements, kPageTokens * indexer_row_bytes(shape_),
           indexer_keys_[static_cast<size_t>(layer)].data()};
 }
 

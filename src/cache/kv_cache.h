@@ -5,8 +5,8 @@
 // Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction
 // and taken from the system only as pages are first written.
 //
-// Bytes a token: num_layers * latent_elements + num_full * indexer_elements, times the element
-// size.
+// Bytes a token: num_layers * latent_elements * its element size + num_full * (indexer_elements *
+// theirs, and 4 for the scale of an int8 row).
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,11 @@
 namespace indexcache {
 
 struct KvCacheShape {
-  std::vector<bool> layer_is_full;  // one a layer
-  int64_t latent_elements = 0;      // kv_lora_rank + qk_rope_head_dim
-  int64_t indexer_elements = 0;     // index_head_dim
-  DType dtype = DType::kF32;        // kF32 or kBF16
+  std::vector<bool> layer_is_full;    // one a layer
+  int64_t latent_elements = 0;        // kv_lora_rank + qk_rope_head_dim
+  int64_t indexer_elements = 0;       // index_head_dim
+  DType dtype = DType::kF32;          // of the latent: kF32 or kBF16
+  DType indexer_dtype = DType::kF32;  // of the indexer keys: kF32, kBF16 or kI8
   int64_t num_pages = 0;
 };
 

@@ -15,6 +15,7 @@ KvCacheShape shape_of(int64_t num_pages) {
           .latent_elements = 12,
           .indexer_elements = 8,
           .dtype = DType::kBF16,
+          .indexer_dtype = DType::kBF16,
           .num_pages = num_pages};
 }
 
@@ -23,6 +24,28 @@ TEST(KvCache, SharedLayersCostNoIndexerKeys) {
   KvCache cache(shape_of(4));
   EXPECT_NE(cache.indexer_keys(0).base, nullptr);
   EXPECT_DEATH(cache.indexer_keys(1), "layer_is_full");
+}
+
+TEST(KvCache, Int8IndexerKeysHaveAScaleEach) {
+  KvCacheShape shape = shape_of(2);
+  shape.indexer_dtype = DType::kI8;
+  EXPECT_EQ(cache_bytes_per_token(shape), 2 * 3 * 12 + 2 * (8 + 4));
+  KvCache cache(shape);
+  EXPECT_EQ(cache.latent(0).dtype, DType::kBF16);
+  const PagedRows keys = cache.indexer_keys(2);
+  EXPECT_EQ(keys.dtype, DType::kI8);
+  EXPECT_EQ(keys.page_bytes, kPageTokens * (8 + 4));
+  const int32_t pages[] = {1, 0};
+  EXPECT_EQ(keys.row(pages, 1) - keys.row(pages, 0), 8);
+  for (const int64_t page : {0, 1}) {
+    const uint8_t* begin = keys.base + pages[page] * keys.page_bytes;
+    EXPECT_EQ(keys.row(pages, page * kPageTokens), begin);
+    const auto scale = [&](int64_t i) {
+      return reinterpret_cast<const uint8_t*>(keys.scale(pages, page * kPageTokens + i));
+    };
+    EXPECT_EQ(scale(0), begin + kPageTokens * 8) << "scales follow the rows of the page";
+    EXPECT_EQ(scale(kPageTokens - 1) + 4, begin + keys.page_bytes);
+  }
 }
 
 TEST(KvCache, RefusesWithoutChangingAnything) {

@@ -74,6 +74,7 @@ int inspect(const InspectFlags& flags) {
                 {"needed_bytes", memory.total()},
                 {"available_bytes", available_memory_bytes()},
                 {"compute", compute_name(compute)},
+                {"indexer_keys", indexer_keys_name(compute, options.indexer_keys)},
                 {"tensors", specs.size()}};
     for (const auto& [type, bytes] : bytes_by_type) out["bytes_by_dtype"][type] = bytes;
     if (laid.adapter) out["indexers"] = options.indexers;

@@ -15,6 +15,7 @@ struct CommonFlags {
   std::string model;
   std::string device = "cpu";
   std::string dtype = "auto";
+  std::string indexer_keys = "auto";
   std::vector<std::string> forced;  // op=implementation
   RunOptions run;
 };

@@ -14,11 +14,16 @@ double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
 
 const char* compute_name(Compute compute) { return compute == Compute::kBF16 ? "bf16" : "f32"; }
 
+const char* indexer_keys_name(Compute compute, IndexerKeys choice) {
+  return indexer_dtype(compute, choice) == DType::kI8 ? "i8" : compute_name(compute);
+}
+
 void print_engine(const Engine& engine) {
   const Model& model = engine.model;
-  info("model: {}, {} layers, index_topk {}, {}", model_type_name(model.config.model_type),
-       model.config.num_hidden_layers, model.config.indexer.index_topk,
-       compute_name(model.compute));
+  info("model: {}, {} layers, index_topk {}, {}, indexer keys {}",
+       model_type_name(model.config.model_type), model.config.num_hidden_layers,
+       model.config.indexer.index_topk, compute_name(model.compute),
+       indexer_keys_name(model.compute, engine.options.indexer_keys));
   info("plan: {} ({} full of {})", to_string(model.plan), model.plan.num_full(),
        model.plan.num_layers());
   if (engine.adapter) {

@@ -63,6 +63,10 @@ Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choi
   return Compute::kBF16;
 }
 
+DType indexer_dtype(Compute compute, IndexerKeys choice) {
+  return choice == IndexerKeys::kI8 ? DType::kI8 : cache_dtype(compute);
+}
+
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where) {
   IndexPlan plan = config.index_plan;
@@ -80,7 +84,8 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
   MemoryPlan memory;
   memory.context = resolve_context(config, options.context);
   const int64_t pages = ceil_div(memory.context, kPageTokens);
-  memory.cache_bytes_per_token = cache_bytes_per_token(cache_shape(config, plan, compute, pages));
+  memory.cache_bytes_per_token = cache_bytes_per_token(
+      cache_shape(config, plan, compute, indexer_dtype(compute, options.indexer_keys), pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
   memory.activation_bytes =
       activation_bytes(config, std::min(options.batch_tokens, memory.context));
@@ -158,6 +163,7 @@ Engine::Engine(const ModelSource& source, const RunOptions& options_in)
       options(options_in),
       exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus()),
       cache(cache_shape(model.config, model.plan, model.compute,
+                        indexer_dtype(model.compute, options.indexer_keys),
                         ceil_div(memory.context, kPageTokens))),
       activations(model.config, std::min(options.batch_tokens, memory.context)) {
   exec.forced = options.forced_ops;

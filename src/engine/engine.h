@@ -19,6 +19,7 @@
 namespace indexcache {
 
 enum class ComputeChoice { kAuto, kF32, kBF16 };
+enum class IndexerKeys { kAuto, kI8 };  // auto: in the cache's type
 
 struct RunOptions {
   int num_threads = 0;  // 0: all CPUs this process may use
@@ -29,7 +30,8 @@ struct RunOptions {
   std::string indexers;        // an indexer adapter in place of the checkpoint's indexers
   bool force_plan = false;     // accept a plan file or indexers of another model
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
-  bool check_tensors = false;                    // refuse a checkpoint with NaN or infinity
+  IndexerKeys indexer_keys = IndexerKeys::kAuto;
+  bool check_tensors = false;  // refuse a checkpoint with NaN or infinity
   std::map<std::string, std::string> forced_ops;
 };
 
@@ -90,6 +92,7 @@ struct Engine {
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where);
 Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
+DType indexer_dtype(Compute compute, IndexerKeys choice);  // in the cache
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 

@@ -259,13 +259,14 @@ DType cache_dtype(Compute compute) {
 }
 
 KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute,
-                         int64_t num_pages) {
+                         DType indexer_dtype, int64_t num_pages) {
   KvCacheShape shape;
   for (int layer = 0; layer < plan.num_layers(); ++layer)
     shape.layer_is_full.push_back(plan.is_full(layer));
   shape.latent_elements = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim;
   shape.indexer_elements = config.indexer.index_head_dim;
   shape.dtype = cache_dtype(compute);
+  shape.indexer_dtype = indexer_dtype;
   shape.num_pages = num_pages;
   return shape;
 }

@@ -28,7 +28,7 @@ struct Model {
 // The cache type that goes with a compute type.
 DType cache_dtype(Compute compute);
 KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute,
-                         int64_t num_pages);
+                         DType indexer_dtype, int64_t num_pages);
 
 struct BatchSequence {
   SequenceCache* cache = nullptr;   // with pages reserved for its tokens and the new ones

@@ -128,7 +128,9 @@ void run(Exec& exec, const IndexSelectArgs& args) {
     task.key_base = args.keys.base;
     task.page_bytes = args.keys.page_bytes;
     task.pages = block.seq->pages;
-    task.bf16_keys = args.keys.dtype == DType::kBF16;
+    task.keys = args.keys.dtype == DType::kI8     ? IndexKeys::kI8
+                : args.keys.dtype == DType::kBF16 ? IndexKeys::kBF16
+                                                  : IndexKeys::kF32;
     task.key_begin = slice * block.slice_keys;
     task.key_end = std::min(task.key_begin + block.slice_keys, block.num_keys());
     task.k = k;
@@ -182,13 +184,25 @@ void run(Exec& exec, const IndexSelectArgs& args) {
   });
 }
 
-// The vector kernels take whatever the contract allows.
+bool has_int8_keys(const IndexSelectArgs& args) { return args.keys.dtype == DType::kI8; }
+
+// The kernels without vpdpbusd sum int8 products in f32, which is exact below 2^24.
+bool sums_are_exact(const IndexSelectArgs& args) {
+  return !has_int8_keys(args) || args.head_dim < (1 << 24) / (127 * 127);
+}
+
 constexpr OpImpl<IndexSelectArgs> kImpls[] = {
-    {"avx512bf16", [](const IndexSelectArgs&) { return cpu_features().avx512_bf16; },
+    {"avx512bf16",
+     [](const IndexSelectArgs& args) {
+       return cpu_features().avx512_bf16 && (!has_int8_keys(args) || cpu_features().avx512_vnni);
+     },
      run<&avx512bf16::kIndexSelect>},
-    {"avx512", [](const IndexSelectArgs&) { return cpu_features().avx512; },
+    {"avx512",
+     [](const IndexSelectArgs& args) { return cpu_features().avx512 && sums_are_exact(args); },
      run<&avx512::kIndexSelect>},
-    {"avx2", [](const IndexSelectArgs&) { return cpu_features().avx2; }, run<&avx2::kIndexSelect>},
+    {"avx2",
+     [](const IndexSelectArgs& args) { return cpu_features().avx2 && sums_are_exact(args); },
+     run<&avx2::kIndexSelect>},
     {"ref", [](const IndexSelectArgs&) { return true; }, index_select_ref},
 };
 
@@ -198,9 +212,13 @@ void check_contract(const IndexSelectArgs& args) {
   CHECK_GE(args.num_heads, 1);
   CHECK_GE(args.head_dim, 2);
   CHECK_EQ(args.head_dim % 2, 0);
-  CHECK(args.keys.dtype == DType::kF32 || args.keys.dtype == DType::kBF16);
+  CHECK(args.keys.dtype == DType::kF32 || args.keys.dtype == DType::kBF16 || has_int8_keys(args));
+  if (has_int8_keys(args)) {
+    CHECK_LE(args.head_dim, kMaxInt8HeadDim);
+    CHECK_EQ(args.keys.page_bytes % 4, 0);
+  }
   CHECK_EQ(args.keys.row_elements, args.head_dim);
-  CHECK_GE(args.keys.page_bytes, kPageTokens * args.head_dim * dtype_bytes(args.keys.dtype));
+  CHECK_GE(args.keys.page_bytes, kPageTokens * paged_row_bytes(args.keys.dtype, args.head_dim));
   int64_t num_tokens = 0;
   for (const SeqSpan& seq : args.seqs) {
     CHECK_EQ(seq.token_begin, num_tokens);
@@ -243,7 +261,7 @@ Cost index_select_cost(const IndexSelectArgs& args) {
   const double k = static_cast<double>(args.k);
   return {.flops = 2 * heads * dim * pairs,
           .bytes = tokens * (4 * heads * dim + 4 * heads + 4 * k + 4) +
-                   keys * dim * dtype_bytes(args.keys.dtype)};
+                   keys * static_cast<double>(paged_row_bytes(args.keys.dtype, args.head_dim))};
 }
 
 }  // namespace indexcache

@@ -12,16 +12,22 @@
 // query that sees no more than k tokens selects them all and scores nothing. Output rows are
 // ascending positions; the rest of the row, up to k, is -1.
 //
-// Types. q and weights are f32; keys f32 or bf16. With bf16 keys, q is rounded to bf16 before the
-// product (the field's habit, and what the bf16 dot-product instruction takes; that instruction
+// Types. q and weights are f32; keys f32, bf16 or int8. With bf16 keys, q is rounded to bf16 before
+// the product (the field's habit, and what the bf16 dot-product instruction takes; that instruction
 // also counts denormals as zero). Dot products and sums over heads are accumulated in f32.
+//
+// With int8 keys (ops/kit/int8_rows.h) each row of q becomes int8 in the same way, with a scale:
+//   score(t, s) = key_scale[s] * sum_h (weights[t, h] * q_scale[t, h]) * relu(<q8[t, h], key8[s]>)
+// Dot products are exact integers, the rest is f32: the brackets and the outer product round once.
+// A row of q, or a key, with NaN or infinity makes its scores NaN.
 //
 // Sameness. Within one implementation a query's scores do not depend on its neighbours in the
 // batch, and the best k are exact by (score, position). So one prefill, a chunked one, decoding one
 // by one, and any number of threads give the same bits.
 //
 // Tolerance. Implementations may add in another order, so a score may differ by
-//   2 (D + H) eps * sum_h |w_h| * sum_d |q_hd k_d|,  eps = 2^-24;
+//   2 (D + H) eps * sum_h |w_h| * sum_d |q_hd k_d|,  eps = 2^-24
+// (with int8 keys of the rows as quantised);
 // selections must be equal except for positions whose score is within twice that of the k-th best.
 //
 // Memory: O(threads * (k + tile) * queries in a block), independent of the context.
@@ -47,6 +53,9 @@ struct IndexSelectArgs {
   int32_t* positions = nullptr;   // out [num_tokens, k]
   int32_t* counts = nullptr;      // out [num_tokens]: min(k, position + 1)
 };
+
+// Up to here sums of int8 products fit 32 bits. A config cannot ask for more.
+inline constexpr int64_t kMaxInt8HeadDim = 1 << 17;
 
 void index_select(Exec& exec, const IndexSelectArgs& args);
 Cost index_select_cost(const IndexSelectArgs& args);

@@ -1,7 +1,8 @@
 // Random queries, keys and weights; pages shuffled. The times include the selection. `best`
 // counters come from the fastest of the iterations, because a shared machine slows some of them;
 // `peak_pct` compares them with what the same threads reach with the instruction alone, all
-// operands in registers.
+// operands in registers. With int8 keys flops are integer operations. Keys follow each other
+// closely in the list, so that a filter by shape compares them under the same load.
 #include "ops/index_select/index_select.h"
 
 #include <benchmark/benchmark.h>
@@ -15,6 +16,7 @@
 #include "base/checked.h"
 #include "base/rng.h"
 #include "device/cpu_features.h"
+#include "ops/kit/int8_rows.h"
 
 namespace indexcache {
 namespace {
@@ -33,6 +35,18 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_loop() {
     }
   }
   return 64.0 * kChains * kRounds;
+}
+
+__attribute__((target("avx512f,avx512vnni"))) double int8_loop() {
+  __m512i sums[kChains] = {};
+  const __m512i x = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < kRounds; ++i) {
+    for (__m512i& sum : sums) {
+      sum = _mm512_dpbusd_epi32(sum, x, x);
+      asm volatile("" : "+v"(sum));
+    }
+  }
+  return 128.0 * kChains * kRounds;
 }
 
 __attribute__((target("avx512f"))) double fma512_loop() {
@@ -63,6 +77,7 @@ __attribute__((target("avx2,fma"))) double fma256_loop() {
 double peak_flops(Exec& exec, const std::string& impl, DType keys) {
   const auto loop = impl == "avx2"                                 ? fma256_loop
                     : impl == "avx512bf16" && keys == DType::kBF16 ? dot_loop
+                    : impl == "avx512bf16" && keys == DType::kI8   ? int8_loop
                                                                    : fma512_loop;
   double best = 0;
   for (int i = 0; i < 20; ++i) {
@@ -91,20 +106,26 @@ void run(benchmark::State& state, const Shape& shape, const std::string& impl, i
   std::vector<int32_t> pages(static_cast<size_t>(ceil_div(shape.context, kPageTokens)));
   std::iota(pages.begin(), pages.end(), 0);
   for (size_t i = pages.size(); i > 1; --i) std::swap(pages[i - 1], pages[rng.below(i)]);
-  const int64_t page_elements = kPageTokens * shape.dim;
-  const size_t num_elements = pages.size() * static_cast<size_t>(page_elements);
-  HostMemory pool(num_elements * static_cast<size_t>(dtype_bytes(shape.keys)));
-  for (size_t i = 0; i < num_elements; ++i) {
-    // A sum of uniform numbers: near enough to normal, and much faster to make.
-    const uint64_t bits = rng.next();
-    const float x =
-        static_cast<float>((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF)) /
-            65536.0f -
-        1.5f;
-    if (shape.keys == DType::kF32) {
-      reinterpret_cast<float*>(pool.data())[i] = x;
+  const int64_t page_bytes = kPageTokens * paged_row_bytes(shape.keys, shape.dim);
+  HostMemory pool(pages.size() * static_cast<size_t>(page_bytes));
+  const PagedRows keys = {shape.keys, shape.dim, page_bytes, pool.data()};
+  std::vector<float> key(static_cast<size_t>(shape.dim));
+  for (int64_t p = 0; p < shape.context; ++p) {
+    for (float& x : key) {
+      // A sum of uniform numbers: near enough to normal, and much faster to make.
+      const uint64_t bits = rng.next();
+      x = static_cast<float>((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF)) /
+              65536.0f -
+          1.5f;
+    }
+    uint8_t* row = keys.row(pages.data(), p);
+    if (shape.keys == DType::kI8) {
+      *keys.scale(pages.data(), p) =
+          quantise_row(key.data(), shape.dim, reinterpret_cast<int8_t*>(row));
+    } else if (shape.keys == DType::kBF16) {
+      std::transform(key.begin(), key.end(), reinterpret_cast<uint16_t*>(row), f32_to_bf16);
     } else {
-      reinterpret_cast<uint16_t*>(pool.data())[i] = f32_to_bf16(x);
+      std::copy(key.begin(), key.end(), reinterpret_cast<float*>(row));
     }
   }
   std::vector<int32_t> positions(static_cast<size_t>(shape.tokens * shape.k));
@@ -115,7 +136,7 @@ void run(benchmark::State& state, const Shape& shape, const std::string& impl, i
   args.weights = weights.data();
   args.num_heads = shape.heads;
   args.head_dim = shape.dim;
-  args.keys = {shape.keys, shape.dim, page_elements * dtype_bytes(shape.keys), pool.data()};
+  args.keys = keys;
   args.seqs = {&seq, 1};
   args.k = shape.k;
   args.positions = positions.data();
@@ -143,11 +164,11 @@ const int kRegistered = [] {
     if (!impl.supported({}) || name == "ref") continue;
     for (const auto& [heads, dim, k] :
          {std::array<int64_t, 3>{32, 128, 2048}, {64, 128, 2048}, {8, 64, 256}}) {
-      for (const DType keys : {DType::kBF16, DType::kF32}) {
-        for (const int64_t context : {4096, 16384, 65536}) {
-          for (const int64_t tokens : {1, 64}) {
-            const Shape shape = {heads, dim, k, context, tokens, keys};
-            for (int threads = 1; threads <= cpus; threads = threads < cpus ? cpus : cpus + 1) {
+      for (const int64_t context : {4096, 8192, 16384, 65536}) {
+        for (const int64_t tokens : {1, 64}) {
+          for (int threads = 1; threads <= cpus; threads = threads < cpus ? cpus : cpus + 1) {
+            for (const DType keys : {DType::kI8, DType::kBF16, DType::kF32}) {
+              const Shape shape = {heads, dim, k, context, tokens, keys};
               benchmark::RegisterBenchmark(
                   fmt::format("index_select/{}/{}/{}x{}/k:{}/context:{}/tokens:{}/threads:{}", name,
                               dtype_name(keys), heads, dim, k, context, tokens, threads)

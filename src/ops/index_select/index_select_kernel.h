@@ -7,6 +7,8 @@
 
 namespace indexcache {
 
+enum class IndexKeys { kF32, kBF16, kI8 };
+
 // Scores the keys [key_begin, key_end) for a block of consecutive queries of one sequence and keeps
 // the best k of those that each query sees, in ascending position.
 struct IndexSelectTask {
@@ -19,7 +21,7 @@ struct IndexSelectTask {
   const uint8_t* key_base;
   int64_t page_bytes;
   const int32_t* pages;
-  bool bf16_keys;
+  IndexKeys keys;
   int64_t key_begin;  // multiple of the page length
   int64_t key_end;    // at most the last query's position + 1
   int64_t k;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "ops/index_select/index_select.h"
+#include "ops/kit/int8_rows.h"
 
 namespace indexcache {
 
@@ -11,20 +12,48 @@ namespace {
 // NaN, unlike a negative number, passes: a NaN product must reach the score.
 double relu(double x) { return x <= 0 ? 0 : x; }
 
-double score(const IndexSelectArgs& args, const SeqSpan& seq, int64_t token, int64_t position) {
+// The rows of one token's q and its weights, in the precision that goes with the keys.
+struct Query {
+  std::vector<float> q, weights;
+};
+
+Query query_of(const IndexSelectArgs& args, int64_t token) {
+  const int64_t heads = args.num_heads, dim = args.head_dim;
+  const float* q = args.q + token * heads * dim;
+  const float* weights = args.weights + token * heads;
+  Query query = {{q, q + heads * dim}, {weights, weights + heads}};
+  if (args.keys.dtype == DType::kBF16) {
+    for (float& x : query.q) x = bf16_to_f32(f32_to_bf16(x));
+  } else if (args.keys.dtype == DType::kI8) {
+    std::vector<int8_t> integers(static_cast<size_t>(dim));
+    for (int64_t h = 0; h < heads; ++h) {
+      query.weights[static_cast<size_t>(h)] *= quantise_row(q + h * dim, dim, integers.data());
+      std::copy(integers.begin(), integers.end(), query.q.begin() + h * dim);
+    }
+  }
+  return query;
+}
+
+double key_element(const IndexSelectArgs& args, const uint8_t* row, int64_t d) {
+  if (args.keys.dtype == DType::kI8) return reinterpret_cast<const int8_t*>(row)[d];
+  if (args.keys.dtype == DType::kBF16)
+    return bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d]);
+  return reinterpret_cast<const float*>(row)[d];
+}
+
+double score(const IndexSelectArgs& args, const SeqSpan& seq, const Query& query,
+             int64_t position) {
   const uint8_t* row = args.keys.row(seq.pages, position);
-  const bool bf16 = args.keys.dtype == DType::kBF16;
   double sum = 0;
   for (int64_t h = 0; h < args.num_heads; ++h) {
-    const float* q = args.q + (token * args.num_heads + h) * args.head_dim;
+    const float* q = query.q.data() + h * args.head_dim;
     double dot = 0;
     for (int64_t d = 0; d < args.head_dim; ++d) {
-      dot += bf16 ? static_cast<double>(bf16_to_f32(f32_to_bf16(q[d]))) *
-                        bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d])
-                  : static_cast<double>(q[d]) * reinterpret_cast<const float*>(row)[d];
+      dot += static_cast<double>(q[d]) * key_element(args, row, d);
     }
-    sum += static_cast<double>(args.weights[token * args.num_heads + h]) * relu(dot);
+    sum += static_cast<double>(query.weights[static_cast<size_t>(h)]) * relu(dot);
   }
+  if (args.keys.dtype == DType::kI8) sum *= *args.keys.scale(seq.pages, position);
   return sum == sum ? sum : -std::numeric_limits<double>::infinity();
 }
 
@@ -35,8 +64,9 @@ void select(const IndexSelectArgs& args, const SeqSpan& seq, int64_t token) {
   for (int64_t s = 0; s < visible; ++s) order[static_cast<size_t>(s)] = static_cast<int32_t>(s);
   if (count < visible) {
     std::vector<double> scores(static_cast<size_t>(visible));
+    const Query query = query_of(args, token);
     for (int64_t s = 0; s < visible; ++s) {
-      scores[static_cast<size_t>(s)] = score(args, seq, token, s);
+      scores[static_cast<size_t>(s)] = score(args, seq, query, s);
     }
     std::nth_element(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
       const double x = scores[static_cast<size_t>(a)], y = scores[static_cast<size_t>(b)];

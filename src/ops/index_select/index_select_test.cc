@@ -10,6 +10,7 @@
 
 #include "base/checked.h"
 #include "base/rng.h"
+#include "ops/kit/int8_rows.h"
 
 namespace indexcache {
 namespace {
@@ -19,7 +20,8 @@ constexpr int64_t kGuard = 64;
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 const float kInfinity = std::numeric_limits<float>::infinity();
 
-enum class Values { kNormal, kSmallIntegers, kZeros };
+// Of int8 keys the integers are exact too: an element of each row is 127 or -127, so scales are 1.
+enum class Values { kNormal, kSmallIntegers, kInt8, kZeros };
 
 struct Sizes {
   DType dtype;
@@ -52,7 +54,14 @@ struct Problem {
     const auto value = [&]() -> float {
       if (values == Values::kZeros) return 0;
       if (values == Values::kSmallIntegers) return static_cast<float>(rng.below(5)) - 2;
+      if (values == Values::kInt8) return static_cast<float>(rng.below(255)) - 127;
       return rng.normal();
+    };
+    const bool unit_scales =
+        values == Values::kInt8 || (values == Values::kSmallIntegers && s.dtype == DType::kI8);
+    const auto fill_row = [&](float* row) {
+      for (int64_t d = 0; d < s.dim; ++d) row[d] = value();
+      if (unit_scales) row[rng.below(static_cast<uint64_t>(s.dim))] = rng.below(2) ? 127 : -127;
     };
     int64_t tokens = 0, num_pages = 0;
     for (const auto& [first, count] : s.spans) {
@@ -70,8 +79,10 @@ struct Problem {
     }
     q.resize(static_cast<size_t>(tokens * s.heads * s.dim));
     weights.resize(static_cast<size_t>(tokens * s.heads));
-    for (float& x : q) x = value();
-    for (float& x : weights) x = value();
+    for (int64_t row = 0; row < tokens * s.heads; ++row) fill_row(q.data() + row * s.dim);
+    for (float& x : weights) {
+      x = values == Values::kInt8 ? static_cast<float>(rng.below(3)) - 1 : value();
+    }
 
     args.q = q.data();
     args.weights = weights.data();
@@ -79,33 +90,68 @@ struct Problem {
     args.head_dim = s.dim;
     args.keys.dtype = s.dtype;
     args.keys.row_elements = s.dim;
-    args.keys.page_bytes = kPageTokens * s.dim * dtype_bytes(s.dtype) + 64;  // pages may be apart
+    args.keys.page_bytes = kPageTokens * paged_row_bytes(s.dtype, s.dim) + 64;  // may be apart
     pool.resize(order.size() * static_cast<size_t>(args.keys.page_bytes));
     args.keys.base = pool.data();
     args.seqs = seqs;
     args.k = s.k;
-    for (size_t i = 0; i < pool.size(); i += dtype_bytes(s.dtype)) {
+    for (size_t i = 0; i < pool.size(); i += s.dtype == DType::kBF16 ? 2 : 4) {
       const float nan = kNan;
       const uint16_t half = f32_to_bf16(kNan);
-      s.dtype == DType::kF32 ? memcpy(&pool[i], &nan, 4) : memcpy(&pool[i], &half, 2);
+      s.dtype == DType::kBF16 ? memcpy(&pool[i], &half, 2) : memcpy(&pool[i], &nan, 4);
     }
+    std::vector<float> row(static_cast<size_t>(s.dim));
     for (const SeqSpan& seq : seqs) {
       for (int64_t p = 0; p < seq.first_position + seq.num_tokens; ++p) {
-        for (int64_t d = 0; d < s.dim; ++d) set_key(seq, p, d, value());
+        fill_row(row.data());
+        set_key(seq, p, row);
       }
     }
   }
   Problem(const Problem&) = delete;
 
-  void set_key(const SeqSpan& seq, int64_t position, int64_t d, float value) {
+  void set_key(const SeqSpan& seq, int64_t position, const std::vector<float>& values) {
     uint8_t* row = args.keys.row(seq.pages, position);
-    const uint16_t half = f32_to_bf16(value);
-    sizes.dtype == DType::kF32 ? memcpy(row + 4 * d, &value, 4) : memcpy(row + 2 * d, &half, 2);
+    if (sizes.dtype == DType::kI8) {
+      *args.keys.scale(seq.pages, position) =
+          quantise_row(values.data(), sizes.dim, reinterpret_cast<int8_t*>(row));
+    } else if (sizes.dtype == DType::kBF16) {
+      std::transform(values.begin(), values.end(), reinterpret_cast<uint16_t*>(row), f32_to_bf16);
+    } else {
+      std::copy(values.begin(), values.end(), reinterpret_cast<float*>(row));
+    }
   }
-  float key(const SeqSpan& seq, int64_t position, int64_t d) const {
+  std::vector<float> key(const SeqSpan& seq, int64_t position) const {
     const uint8_t* row = args.keys.row(seq.pages, position);
-    return sizes.dtype == DType::kF32 ? reinterpret_cast<const float*>(row)[d]
-                                      : bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d]);
+    std::vector<float> values(static_cast<size_t>(sizes.dim));
+    for (size_t d = 0; d < values.size(); ++d) {
+      values[d] = sizes.dtype == DType::kF32 ? reinterpret_cast<const float*>(row)[d]
+                  : sizes.dtype == DType::kBF16
+                      ? bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d])
+                      : reinterpret_cast<const int8_t*>(row)[d];
+    }
+    return values;
+  }
+  // What the sum over heads is multiplied with.
+  double key_scale(const SeqSpan& seq, int64_t position) const {
+    return sizes.dtype == DType::kI8 ? *args.keys.scale(seq.pages, position) : 1;
+  }
+  // The rows of q and the weights of one token, in the precision that goes with the keys.
+  std::pair<std::vector<float>, std::vector<float>> query(int64_t token) const {
+    const auto from = q.begin() + token * sizes.heads * sizes.dim;
+    const auto first_weight = weights.begin() + token * sizes.heads;
+    std::vector<float> rows(from, from + sizes.heads * sizes.dim);
+    std::vector<float> factors(first_weight, first_weight + sizes.heads);
+    if (sizes.dtype == DType::kBF16) {
+      for (float& x : rows) x = bf16_to_f32(f32_to_bf16(x));
+    } else if (sizes.dtype == DType::kI8) {
+      std::vector<int8_t> integers(rows.size());
+      for (int64_t h = 0; h < sizes.heads; ++h) {
+        factors[h] *= quantise_row(&rows[h * sizes.dim], sizes.dim, &integers[h * sizes.dim]);
+      }
+      std::copy(integers.begin(), integers.end(), rows.begin());
+    }
+    return {rows, factors};
   }
 };
 
@@ -147,21 +193,22 @@ void expect_valid(const Problem& problem, const Selection& got, const std::strin
       if (count == visible) continue;
       std::vector<double> scores(visible);
       double tolerance = 0;
+      const auto [q, weights] = problem.query(token);
       for (int64_t p = 0; p < visible; ++p) {
+        const std::vector<float> key = problem.key(seq, p);
         double size = 0;
         for (int64_t h = 0; h < args.num_heads; ++h) {
           double dot = 0, dot_size = 0;
           for (int64_t d = 0; d < args.head_dim; ++d) {
-            float a = args.q[(token * args.num_heads + h) * args.head_dim + d];
-            if (args.keys.dtype == DType::kBF16) a = bf16_to_f32(f32_to_bf16(a));
-            const double product = static_cast<double>(a) * problem.key(seq, p, d);
+            const double product = static_cast<double>(q[h * args.head_dim + d]) * key[d];
             dot += product;
             dot_size += std::abs(product);
           }
-          const double weight = args.weights[token * args.num_heads + h];
-          scores[p] += weight * std::max(dot, 0.0);
-          size += std::abs(weight) * dot_size;
+          scores[p] += weights[h] * std::max(dot, 0.0);
+          size += std::abs(weights[h]) * dot_size;
         }
+        scores[p] *= problem.key_scale(seq, p);
+        size *= problem.key_scale(seq, p);
         tolerance = std::max(
             tolerance, 2.0 * static_cast<double>(args.head_dim + args.num_heads) * 0x1p-24 * size);
       }
@@ -201,6 +248,14 @@ const std::vector<Sizes>& all_sizes() {
       {kBF16, 33, 66, 1, {{3000, 1}, {100, 18}}},
       {kF32, 16, 32, 64, {{1500, 1}, {0, 100}}},
       {kBF16, 16, 32, 5000, {{0, 3}, {4000, 2}}},  // k beyond every length
+      {kI8, 1, 2, 1, {{0, 5}, {0, 0}, {9, 1}}},
+      {kI8, 3, 6, 7, {{0, 40}, {6, 1}, {7, 2}, {5, 3}}},
+      {kI8, 8, 64, 7, {{63, 1}, {64, 17}, {127, 33}}},
+      {kI8, 32, 128, 256, {{255, 1}, {256, 1}, {254, 5}, {700, 3}, {300, 20}}},
+      {kI8, 17, 130, 256, {{500, 2}, {1000, 1}, {250, 16}}},
+      {kI8, 3, 64, 2048, {{2040, 20}, {2047, 1}, {2048, 1}, {5000, 2}}},
+      {kI8, 33, 66, 1, {{3000, 1}, {100, 18}}},
+      {kI8, 16, 32, 64, {{1500, 1}, {0, 100}}},
   };
   return sizes;
 }
@@ -227,9 +282,10 @@ TEST_P(IndexSelect, RandomScoresWithinTheGap) {
 }
 
 TEST_P(IndexSelect, RandomSizes) {
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 90; ++round) {
+    const DType dtypes[] = {DType::kF32, DType::kBF16, DType::kI8};
     const int64_t heads[] = {1, 2, 3, 8, 15, 16, 20}, dims[] = {2, 6, 30, 32, 34, 64};
-    Sizes sizes{rng_.below(2) ? DType::kF32 : DType::kBF16,
+    Sizes sizes{dtypes[rng_.below(3)],
                 heads[rng_.below(7)],
                 dims[rng_.below(6)],
                 1 + static_cast<int64_t>(rng_.below(80)),
@@ -261,6 +317,93 @@ TEST_P(IndexSelect, TiesGoToTheLowerPosition) {
   }
 }
 
+// Every product of two bytes occurs, in sums that f32 still holds exactly.
+TEST_P(IndexSelect, Int8ProductsAreExact) {
+  const std::vector<Sizes> sizes = {
+      {DType::kI8, 1, 2, 5, {{200, 3}}},      {DType::kI8, 1, 64, 20, {{300, 40}}},
+      {DType::kI8, 3, 130, 33, {{300, 40}}},  {DType::kI8, 3, 130, 33, {{300, 1}, {100, 2}}},
+      {DType::kI8, 1, 1038, 9, {{150, 20}}},  {DType::kI8, 1, 1038, 9, {{150, 1}}},
+      {DType::kI8, 18, 30, 40, {{100, 100}}}, {DType::kI8, 18, 30, 40, {{250, 1}}}};
+  for (const Sizes& size : sizes) {
+    const Problem problem(size, Values::kInt8, rng_);
+    EXPECT_EQ(run(problem, impl_, 2), run(problem, "ref", 2)) << describe(size);
+  }
+  // The largest sums there can be, of either sign.
+  Problem largest({DType::kI8, 1, 1038, 7, {{100, 17}}}, Values::kInt8, rng_);
+  for (float& x : largest.q) x = x < 0 ? -127.0f : 127.0f;
+  const std::vector<float> first(largest.q.begin(), largest.q.begin() + 1038);
+  for (int64_t p = 0; p < 100; p += 3) {
+    std::vector<float> row = first;
+    for (int64_t d = 0; d < p % 5; ++d) row[d] = -row[d];
+    if (p % 2 == 1) {
+      for (float& x : row) x = -x;
+    }
+    largest.set_key(largest.seqs[0], p, row);
+  }
+  EXPECT_EQ(run(largest, impl_, 2), run(largest, "ref", 2));
+}
+
+// int8 keys against f32 ones: a product moves by at most half a step of each of its factors, so
+// only positions that close to the k-th best may change places.
+TEST_P(IndexSelect, Int8SelectionsAreWithinTheGapOfF32) {
+  const int64_t heads = 8, dim = 64, k = 50;
+  const Sizes sizes = {DType::kF32, heads, dim, k, {{500, 20}}};
+  const Problem exact(sizes, Values::kNormal, rng_);
+  Problem rounded({DType::kI8, heads, dim, k, {{500, 20}}}, Values::kZeros, rng_);
+  rounded.q = exact.q;
+  rounded.weights = exact.weights;
+  rounded.args.q = rounded.q.data();
+  rounded.args.weights = rounded.weights.data();
+  for (int64_t p = 0; p < 520; ++p) {
+    rounded.set_key(rounded.seqs[0], p, exact.key(exact.seqs[0], p));
+  }
+  const Selection got = run(rounded, impl_, 2);
+  const auto largest = [&](const float* row) {
+    float most = 0;
+    for (int64_t d = 0; d < dim; ++d) most = std::max(most, std::abs(row[d]));
+    return static_cast<double>(most);
+  };
+  int64_t both = 0;
+  for (int64_t t = 0; t < 20; ++t) {
+    std::vector<std::pair<double, double>> scores;  // and how far int8 may move them
+    for (int64_t p = 0; p <= 500 + t; ++p) {
+      const std::vector<float> key = exact.key(exact.seqs[0], p);
+      const double key_step = largest(key.data()) / 127;
+      double score = 0, moved = 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        const float* q = exact.q.data() + (t * heads + h) * dim;
+        const double q_step = largest(q) / 127, weight = exact.weights[t * heads + h];
+        double dot = 0, dot_moved = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          dot += static_cast<double>(q[d]) * key[d];
+          dot_moved +=
+              std::abs(q[d]) * key_step / 2 + std::abs(key[d]) * q_step / 2 + q_step * key_step / 4;
+        }
+        score += weight * std::max(dot, 0.0);
+        moved += std::abs(weight) * dot_moved;
+      }
+      scores.push_back({score, moved * 1.0001});  // f32 rounding of scales and sums
+    }
+    std::vector<double> sorted;
+    for (const auto& [score, moved] : scores) sorted.push_back(score);
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
+    double moved = 0;
+    for (const auto& score : scores) moved = std::max(moved, score.second);
+    std::vector<bool> selected(scores.size());
+    for (int64_t j = 0; j < k; ++j) selected[got.positions[t * k + j]] = true;
+    for (size_t p = 0; p < scores.size(); ++p) {
+      const double above = scores[p].first - sorted[k - 1];
+      if (selected[p]) {
+        EXPECT_GE(above, -2 * moved) << "token " << t << " position " << p;
+      } else {
+        EXPECT_LE(above, 2 * moved) << "token " << t << " position " << p;
+      }
+      both += selected[p] && above >= 0;
+    }
+  }
+  printf("overlap with f32 keys %.3f\n", static_cast<double>(both) / (20 * k));
+}
+
 TEST_P(IndexSelect, NanAndInfinityRank) {
   for (const Sizes& sizes : all_sizes()) {
     Problem problem(sizes, Values::kSmallIntegers, rng_);
@@ -268,8 +411,9 @@ TEST_P(IndexSelect, NanAndInfinityRank) {
       for (int64_t p = 0; p < seq.first_position + seq.num_tokens; ++p) {
         const float specials[] = {kNan, -kNan, kInfinity, -kInfinity};
         if (rng_.below(3) == 0) {
-          problem.set_key(seq, p, static_cast<int64_t>(rng_.below(sizes.dim)),
-                          specials[rng_.below(4)]);
+          std::vector<float> row = problem.key(seq, p);
+          row[rng_.below(static_cast<uint64_t>(sizes.dim))] = specials[rng_.below(4)];
+          problem.set_key(seq, p, row);
         }
       }
     }
@@ -278,11 +422,13 @@ TEST_P(IndexSelect, NanAndInfinityRank) {
 }
 
 TEST_P(IndexSelect, OnlyNanIsStillSelected) {
-  Problem problem({DType::kBF16, 2, 4, 70, {{199, 1}, {90, 20}}}, Values::kNormal, rng_);
-  for (float& x : problem.q) x = kNan;
-  const Selection got = run(problem, impl_, 2);
-  for (int32_t i = 0; i < 70; ++i) EXPECT_EQ(got.positions[static_cast<size_t>(i)], i);
-  EXPECT_EQ(got, run(problem, "ref", 1));
+  for (const DType dtype : {DType::kBF16, DType::kI8}) {
+    Problem problem({dtype, 2, 4, 70, {{199, 1}, {90, 20}}}, Values::kNormal, rng_);
+    for (float& x : problem.q) x = kNan;
+    const Selection got = run(problem, impl_, 2);
+    for (int32_t i = 0; i < 70; ++i) EXPECT_EQ(got.positions[static_cast<size_t>(i)], i);
+    EXPECT_EQ(got, run(problem, "ref", 1));
+  }
 }
 
 TEST_P(IndexSelect, IndependentOfThreadsAndOfTheBatch) {
@@ -339,6 +485,19 @@ TEST(IndexSelectContract, CostCountsScoredPairsOnly) {
   const Problem problem({DType::kBF16, 2, 4, 3, {{0, 5}, {0, 2}}}, Values::kNormal, rng);
   // Of the first sequence the queries at 3 and 4 see 4 and 5 tokens; the second scores nothing.
   EXPECT_EQ(index_select_cost(problem.args).flops, 2.0 * 2 * 4 * 9);
+}
+
+// Where products are summed in f32, rows too long for exact sums are left to others.
+TEST(IndexSelectContract, Int8SumsThatF32DoesNotHoldAreRefused) {
+  IndexSelectArgs args;
+  args.keys.dtype = DType::kI8;
+  for (const auto& impl : index_select_impls()) {
+    args.head_dim = 1038;
+    if (!impl.supported(args)) continue;
+    args.head_dim = 1040;
+    const std::string name = impl.name;
+    EXPECT_EQ(impl.supported(args), name == "ref" || name == "avx512bf16") << name;
+  }
 }
 
 TEST(IndexSelectContractDeathTest, BrokenArgumentsAbort) {

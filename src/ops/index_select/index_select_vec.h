@@ -145,6 +145,17 @@ INDEXCACHE_INLINE void transpose(IVec (&rows)[8]) {
 
 #endif
 
+// kLanes integers as f32.
+INDEXCACHE_INLINE Vec vec_load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#endif
+}
+
 // The rank of a score: NaN counts as -infinity, and -0 equals +0.
 INDEXCACHE_INLINE IVec score_rank(Vec score) {
   return vec_rank(vec_add(vec_max(score, vec_set(-__builtin_inff())), vec_zero()));

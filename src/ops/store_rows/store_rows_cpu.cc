@@ -1,4 +1,5 @@
 #include "ops/kit/vec.h"
+#include "ops/kit/vec_int8.h"
 #include "ops/store_rows/store_rows.h"
 
 namespace indexcache::INDEXCACHE_ISA {
@@ -16,11 +17,15 @@ void store_rows_rows(const StoreRowsArgs& args, int64_t begin, int64_t end) {
     if (to > end) to = end;
     for (int64_t t = from; t < to; ++t) {
       const int64_t position = seq.first_position + t - seq.token_begin;
-      uint16_t* row =
-          reinterpret_cast<uint16_t*>(args.rows.base +
-                                      seq.pages[position / kPageTokens] * args.rows.page_bytes) +
-          position % kPageTokens * n;
+      uint8_t* page = args.rows.base + seq.pages[position / kPageTokens] * args.rows.page_bytes;
       const float* x = args.x + t * args.ldx;
+      if (args.rows.dtype == DType::kI8) {
+        int8_t* row = reinterpret_cast<int8_t*>(page) + position % kPageTokens * n;
+        reinterpret_cast<float*>(page + kPageTokens * n)[position % kPageTokens] =
+            vec_quantise_row(x, n, row);
+        continue;
+      }
+      uint16_t* row = reinterpret_cast<uint16_t*>(page) + position % kPageTokens * n;
       for (int64_t i = 0; i < whole; i += kLanes) vec_store_bf16(row + i, vec_load(x + i));
       if (whole == n) continue;
       float tail[kLanes] = {};

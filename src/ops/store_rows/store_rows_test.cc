@@ -22,6 +22,25 @@ const std::vector<std::vector<Span>> kBatches = {
     {{5, 15}}, {{0, 64}}, {{127, 1}, {64, 130}, {0, 1}, {3, 17}, {200, 33}},
 };
 
+// The integer next to x / scale, found by trying them all; between two the even one.
+float int8_row(const float* x, int64_t n, uint8_t* to) {
+  float scale = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) scale = kNan;
+    if (!(std::abs(x[i]) / 127 <= scale)) scale = std::isnan(scale) ? scale : std::abs(x[i]) / 127;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    int best = 0;
+    for (int y = -127; scale > 0 && y <= 127; ++y) {
+      const float far = std::abs(x[i] / scale - static_cast<float>(y)),
+                  so_far = std::abs(x[i] / scale - static_cast<float>(best));
+      if (far < so_far || (far == so_far && y % 2 == 0)) best = y;
+    }
+    to[i] = static_cast<uint8_t>(best);
+  }
+  return scale;
+}
+
 // Sequences whose pages are scattered over one poisoned pool.
 struct Problem {
   GuardedRows x;
@@ -57,7 +76,7 @@ struct Problem {
       token += span.num_tokens;
     }
     for (size_t s = 0; s < seqs.size(); ++s) seqs[s].pages = pages[s].data();
-    const int64_t page_bytes = kPageTokens * n * dtype_bytes(dtype) + 24;
+    const int64_t page_bytes = kPageTokens * paged_row_bytes(dtype, n) + 24;
     pool.resize(static_cast<size_t>(num_pages * page_bytes));
     args = {x.data(), x.stride(), token, seqs, {dtype, n, page_bytes, pool.data()}};
   }
@@ -77,6 +96,14 @@ struct Problem {
         const int64_t position = seq.first_position + i;
         uint8_t* to = want.data() + seq.pages[position / 64] * rows.page_bytes +
                       position % 64 * rows.row_elements * dtype_bytes(rows.dtype);
+        if (rows.dtype == DType::kI8) {
+          const float scale = int8_row(x.row(seq.token_begin + i), rows.row_elements, to);
+          const int64_t page = seq.pages[position / 64];
+          std::memcpy(
+              want.data() + page * rows.page_bytes + 64 * rows.row_elements + position % 64 * 4,
+              &scale, 4);
+          continue;
+        }
         for (int64_t e = 0; e < rows.row_elements; ++e) {
           const float value = x.row(seq.token_begin + i)[e];
           const uint16_t bits = f32_to_bf16(value);
@@ -97,7 +124,7 @@ TEST(StoreRows, EveryImplementationWritesExactlyItsRows) {
   std::vector<std::string> impls = runnable_implementations();
   impls.push_back("ref");
   for (const std::string& impl : impls) {
-    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
       for (size_t b = 0; b < kBatches.size(); ++b) {
         for (const int64_t n : {1, 2, 7, 8, 16, 130}) {
           SCOPED_TRACE(fmt::format("{} {} batch {} n {}", impl, dtype_name(dtype), b, n));
@@ -136,6 +163,42 @@ TEST(StoreRows, RoundsAsTheScalarConversionDoes) {
         problem.x.row(r)[e] = std::bit_cast<float>(static_cast<uint32_t>(rng.next() >> 32));
     }
     EXPECT_TRUE(problem.run(impl) == problem.expected()) << impl;
+  }
+}
+
+TEST(StoreRows, Int8RowsOfEveryKind) {
+  const int64_t n = 130;
+  Rng rng(printed_seed());
+  std::vector<std::string> impls = runnable_implementations();
+  impls.push_back("ref");
+  for (const std::string& impl : impls) {
+    Problem problem(rng, DType::kI8, {{60, 12}}, n, 1);
+    const float specials[] = {kNan, -kNan, kInfinity, -kInfinity};
+    for (int64_t r = 0; r < 4; ++r) problem.x.row(r)[r * 43] = specials[r];
+    std::fill_n(problem.x.row(4), n, 0.0f);
+    std::fill_n(problem.x.row(5), n, -0.0f);
+    std::fill_n(problem.x.row(6), n, 1e-45f);   // the scale is 0
+    std::fill_n(problem.x.row(7), n, -2e-43f);  // the scale is rounded by half: -127 at the least
+    std::fill_n(problem.x.row(8), n, 3.4e38f);
+    for (int64_t e = 0; e < n; ++e) {
+      problem.x.row(9)[e] = e == 77 ? -127.0f : static_cast<float>(e) - 64.5f;  // ties
+    }
+    EXPECT_TRUE(problem.run(impl) == problem.expected()) << impl;
+    const PagedRows& rows = problem.args.rows;
+    const SeqSpan& seq = problem.seqs[0];
+    const auto scale = [&](int64_t r) { return *rows.scale(seq.pages, 60 + r); };
+    const auto row = [&](int64_t r) {
+      return reinterpret_cast<const int8_t*>(rows.row(seq.pages, 60 + r));
+    };
+    for (int64_t r = 0; r < 4; ++r) EXPECT_TRUE(std::isnan(scale(r))) << impl;
+    for (int64_t r = 4; r < 7; ++r) EXPECT_EQ(scale(r), 0) << impl;
+    for (int64_t r = 0; r < 7; ++r) EXPECT_EQ(row(r)[5], 0) << impl;
+    EXPECT_EQ(row(7)[5], -127) << impl;
+    EXPECT_EQ(row(8)[5], 127) << impl;
+    EXPECT_EQ(scale(9), 1) << impl;
+    EXPECT_EQ(row(9)[0], -64) << impl;
+    EXPECT_EQ(row(9)[1], -64) << impl;
+    EXPECT_EQ(row(9)[77], -127) << impl;
   }
 }
 
