@@ -29,6 +29,7 @@ int run_program(int argc, char** argv) {
   add_eval_command(&program, &exit_code);
   add_report_command(&program, &exit_code);
   add_synth_command(&program, &exit_code);
+  add_train_command(&program);
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
