@@ -20,6 +20,7 @@ int run_program(int argc, char** argv) {
                            fmt::format("indexcache {} ({})", INDEXCACHE_VERSION, cpu_isa_names()));
   int exit_code = 0;
   add_run_command(&program, &exit_code);
+  add_serve_command(&program, &exit_code);
   add_bench_command(&program, &exit_code);
   add_logits_command(&program, &exit_code);
   add_inspect_command(&program, &exit_code);

@@ -7,9 +7,13 @@
 // one step. When pages run out, the youngest running request gives its pages back and is computed
 // again later (preemption); its client sees only a pause.
 //
-// Every accepted request ends in exactly one kFinished event. Callbacks run on the engine's thread
-// and must return at once (post the event to your own thread); after cancel() returned, or after
-// kFinished, none comes any more.
+// How the rows for prompts are shared is share_rows() (batch_builder.h): half for the oldest, half
+// for the others, the shortest first. Requests are admitted in order of arrival.
+//
+// Every accepted request ends in exactly one kFinished event. Callbacks run on the engine's thread,
+// must not throw, and must return at once (post the event to your own thread); after cancel()
+// returned, or after kFinished, none comes any more. The kCancelled event comes on the thread that
+// called cancel(), so hold no lock there that the callback takes.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +39,6 @@ struct GenerationRequest {
   std::string cache_salt;            // only requests with an equal salt share cached pages
 };
 
-struct TokenLogprob {
-  int32_t token = 0;
-  float logprob = 0;  // natural logarithm, of the model's distribution before temperature
-  int64_t rank = 0;   // 0: the most likely one
-  std::vector<std::pair<int32_t, float>> top;  // the n best, best first
-};
-
 enum class FinishReason {
   kLength,  // max_tokens, or the context is full
   kStop,    // a stop token
@@ -62,11 +59,14 @@ struct GenerationEvent {
 };
 
 struct SchedulerOptions {
-  int64_t max_running = 64;    // requests in the batch
-  int64_t max_waiting = 256;   // requests in the queue; more are refused
-  int64_t chunk_tokens = 512;  // rows of one step
+  int64_t max_running = 64;          // requests in the batch
+  int64_t max_waiting = 256;         // requests in the queue; more are refused
+  int64_t chunk_tokens = 512;        // rows of one step, at most the engine's batch_tokens
+  int64_t mixed_chunk_tokens = 512;  // rows that prompts have in a step in which others decode
   bool prefix_cache = true;
-  bool deterministic = false;  // a request's bits do not depend on what else is in the batch
+  // A request's bits do not depend on what else is in the batch, on chunks, on cached beginnings or
+  // on preemption (Exec::batch_invariant). They are those of this machine's implementations.
+  bool deterministic = false;
 };
 
 // Why a request was not taken. kTooLong never fits; the others may be tried again after
@@ -80,7 +80,8 @@ struct Refusal {
 // Counters since the start and gauges of now, for /metrics and the page.
 struct SchedulerStats {
   int64_t running = 0, waiting = 0;
-  int64_t pages = 0, free_pages = 0, cached_pages = 0;  // cached: free but still holding a prefix
+  // Of the free pages `cached_pages` still hold a prefix.
+  int64_t pages = 0, free_pages = 0, cached_pages = 0;
   int64_t accepted = 0, refused = 0, finished = 0, cancelled = 0, preemptions = 0;
   int64_t prompt_tokens = 0, generated_tokens = 0;
   int64_t prefix_queried_tokens = 0, prefix_hit_tokens = 0;

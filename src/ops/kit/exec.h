@@ -40,6 +40,8 @@ struct Exec {
   ThreadPool pool;
   Profile* profile = nullptr;
   std::map<std::string, std::string> forced;  // op name -> implementation name ("--force op=name")
+  // A row of an op's result has the same bits whatever other rows the call has.
+  bool batch_invariant = false;
 
   // At least `num_bytes` of 64-byte aligned memory that thread `thread` may use until its next call
   // of scratch(). Contents are undefined. Grows, never shrinks.
