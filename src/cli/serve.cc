@@ -157,6 +157,11 @@ void add_serve_command(CLI::App* program, int* exit_code) {
       "SIGTERM lets requests finish for up to --drain-timeout; a second one ends at once.");
   add_model_flag(command, &flags->common, false);
   add_run_flags(command, &flags->common);
+  command
+      ->add_option("--cache-tokens", flags->common.run.cache_tokens,
+                   "Tokens that all requests together may keep (0: as many as --ctx)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 36))
+      ->capture_default_str();
   command->add_option("--config", flags->config, "A JSON file with flags");
   command->add_option("--host", flags->http.host, "Address to listen on")->capture_default_str();
   command->add_option("--port", flags->http.port, "Port to listen on; 0: any free one")
@@ -178,9 +183,13 @@ void add_serve_command(CLI::App* program, int* exit_code) {
                    "Requests in the queue; more are refused with 429")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
+  command->add_option("--chunk", flags->scheduler.chunk_tokens, "Tokens of one forward pass")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
   command
-      ->add_option("--chunk", flags->scheduler.chunk_tokens,
-                   "Tokens of one forward pass, so of a prompt while others decode")
+      ->add_option("--mixed-chunk", flags->scheduler.mixed_chunk_tokens,
+                   "Of these, tokens of prompts in a pass in which others decode: fewer make their "
+                   "pauses shorter")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   command->add_flag("--no-prefix-cache", flags->no_prefix_cache,

@@ -1,6 +1,7 @@
 #include "engine/batch_builder.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace indexcache {
 
@@ -23,8 +24,9 @@ std::vector<int64_t> share_rows(std::span<const RowDemand> demands, int64_t rows
   if (prompts.empty()) return shares;
   const size_t oldest = prompts.front();
   give(oldest, (rows + 1) / 2);
-  std::stable_sort(prompts.begin() + 1, prompts.end(),
-                   [&](size_t a, size_t b) { return demands[a].pending < demands[b].pending; });
+  std::sort(prompts.begin() + 1, prompts.end(), [&](size_t a, size_t b) {
+    return std::pair(demands[a].pending, a) < std::pair(demands[b].pending, b);
+  });
   for (size_t i = 1; i < prompts.size(); ++i) give(prompts[i], rows);
   give(oldest, rows);
   return shares;

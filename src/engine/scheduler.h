@@ -62,7 +62,7 @@ struct SchedulerOptions {
   int64_t max_running = 64;          // requests in the batch
   int64_t max_waiting = 256;         // requests in the queue; more are refused
   int64_t chunk_tokens = 512;        // rows of one step, at most the engine's batch_tokens
-  int64_t mixed_chunk_tokens = 512;  // rows that prompts have in a step in which others decode
+  int64_t mixed_chunk_tokens = 256;  // rows that prompts have in a step in which others decode
   bool prefix_cache = true;
   // A request's bits do not depend on what else is in the batch, on chunks, on cached beginnings or
   // on preemption (Exec::batch_invariant). They are those of this machine's implementations.

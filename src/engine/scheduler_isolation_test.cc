@@ -7,7 +7,7 @@
 
 #include "base/rng.h"
 #include "engine/scheduler.h"
-#include "engine/scheduler_test_kit.h"
+#include "tests/scheduler_test_kit.h"
 
 namespace indexcache {
 namespace {

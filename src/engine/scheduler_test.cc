@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "engine/request_batch.h"
-#include "engine/scheduler_test_kit.h"
+#include "tests/scheduler_test_kit.h"
 
 namespace indexcache {
 namespace {

@@ -158,6 +158,9 @@ Answer App::complete(const HttpRequest& request, bool chat, Wake wake) {
   const Json body = parse_body(request.body, options_.limits);
   CompletionRequest parsed = chat ? parse_chat(body, *served, options_.limits, now)
                                   : parse_completion(body, *served, options_.limits);
+  // Who holds one key learns nothing of the prompts of another, by time or by usage.
+  parsed.generation.cache_salt = fmt::format(
+      "{}:{}", key_number(request.authorization, options_.api_keys), parsed.generation.cache_salt);
   const bool stream = parsed.stream;
   Answer answer;
   answer.exchange = std::make_unique<Completion>(served, metrics_, std::move(parsed),

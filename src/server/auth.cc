@@ -17,19 +17,24 @@ bool equal_in_constant_time(std::string_view given, std::string_view secret) {
 
 bool is_public_path(std::string_view path) { return path == "/health" || path == "/"; }
 
-bool is_authorized(std::string_view path, std::string_view authorization,
-                   const std::vector<std::string>& keys) {
-  if (keys.empty() || is_public_path(path)) return true;
+int64_t key_number(std::string_view authorization, const std::vector<std::string>& keys) {
   constexpr std::string_view kScheme = "bearer ";
   const bool bearer =
       authorization.size() > kScheme.size() &&
       std::equal(kScheme.begin(), kScheme.end(), authorization.begin(),
                  [](char a, char b) { return a == (b >= 'A' && b <= 'Z' ? b + 32 : b); });
-  if (!bearer) return false;
-  bool found = false;
-  for (const std::string& key : keys)
-    found |= equal_in_constant_time(authorization.substr(kScheme.size()), key);
+  if (!bearer) return -1;
+  int64_t found = -1;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const bool equal = equal_in_constant_time(authorization.substr(kScheme.size()), keys[i]);
+    found = equal ? static_cast<int64_t>(i) : found;
+  }
   return found;
+}
+
+bool is_authorized(std::string_view path, std::string_view authorization,
+                   const std::vector<std::string>& keys) {
+  return keys.empty() || is_public_path(path) || key_number(authorization, keys) >= 0;
 }
 
 bool is_loopback_host(std::string_view host) {

@@ -2,6 +2,7 @@
 // other spelling of any path gets past the key.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,8 +14,11 @@ bool equal_in_constant_time(std::string_view given, std::string_view secret);
 
 bool is_public_path(std::string_view path);
 
-// `authorization`: the header's value, "Bearer KEY" with the scheme in any case. No keys: everyone
-// may.
+// Which of `keys` the header's value "Bearer KEY" gives (the scheme in any case), by number; -1:
+// none of them.
+int64_t key_number(std::string_view authorization, const std::vector<std::string>& keys);
+
+// No keys: everyone may.
 bool is_authorized(std::string_view path, std::string_view authorization,
                    const std::vector<std::string>& keys);
 

@@ -172,7 +172,7 @@ TEST_F(HttpFaults, ClientsThatLeave) {
 
 // A client that never reads is left after --write-timeout, and its requests with it.
 TEST_F(HttpFaults, ClientsThatDoNotRead) {
-  server_.generator.step = std::chrono::milliseconds(2);
+  server_.generator.step_microseconds = 2000;
   RawClient client(server_.http.port());
   const int small = 4096;
   setsockopt(client.fd(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
@@ -259,6 +259,27 @@ TEST(HttpServer, KeysOnEveryPath) {
         << path;
   }
   EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+}
+
+// Cached prefixes are shared under equal salts, so the holders of two keys must never have one.
+TEST(HttpServer, KeysDoNotShareCachedPrefixes) {
+  AppOptions options;
+  options.api_keys = {"one", "two"};
+  TestServer server(options);
+  const auto salt = [&](const std::string& key, const std::string& more) {
+    const std::string body = R"({"prompt": "hello", "max_tokens": 1)" + more + "}";
+    EXPECT_EQ(status_of(server.ask(
+                  post("/v1/completions", body, "Authorization: Bearer " + key + "\r\n"))),
+              200);
+    return server.generator.last_salt();
+  };
+  const std::string mine = R"(, "cache_salt": "mine")", forged = R"(, "cache_salt": "0:")";
+  EXPECT_EQ(salt("one", ""), salt("one", ""));
+  EXPECT_EQ(salt("one", mine), salt("one", mine));
+  EXPECT_NE(salt("one", ""), salt("two", ""));
+  EXPECT_NE(salt("one", mine), salt("two", mine));
+  EXPECT_NE(salt("one", ""), salt("one", mine));
+  EXPECT_NE(salt("one", ""), salt("two", forged));
 }
 
 TEST(HttpServer, CorsOnlyWhenAsked) {
@@ -366,7 +387,7 @@ TEST(HttpServer, MetricsPleasePromtool) {
     GTEST_SKIP() << "promtool is not installed";
   TestServer server;
   server.ask(kGood);
-  const std::string path = ::testing::TempDir() + "/metrics.txt";
+  const std::string path = fmt::format("{}/metrics-{}.txt", ::testing::TempDir(), getpid());
   std::ofstream(path) << body_of(server.ask(get("/metrics")));
   FILE* pipe = popen(("promtool check metrics < " + path + " 2>&1").c_str(), "r");
   std::string out;
@@ -375,6 +396,7 @@ TEST(HttpServer, MetricsPleasePromtool) {
     if (!std::strstr(line, "metric names should not contain ':'")) out += line;
   }
   pclose(pipe);
+  unlink(path.c_str());
   EXPECT_EQ(out, "");
 }
 

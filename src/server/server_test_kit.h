@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -52,6 +53,7 @@ class EchoGenerator : public Generator {
       return 0;
     }
     ++stats_.accepted;
+    last_salt_ = request.cache_salt;
     jobs_[++last_id_] = {std::move(request), std::move(on_event), -1};
     changed_.notify_all();
     return last_id_;
@@ -86,6 +88,11 @@ class EchoGenerator : public Generator {
     return stats;
   }
 
+  std::string last_salt() const {
+    const std::lock_guard lock(mutex_);
+    return last_salt_;
+  }
+
   bool wait_until_idle() const {
     for (int i = 0; i < 500; ++i) {
       if (stats().running == 0) return true;
@@ -94,8 +101,8 @@ class EchoGenerator : public Generator {
     return false;
   }
 
-  int64_t max_jobs = 256;
-  std::chrono::microseconds step{0};
+  std::atomic<int64_t> max_jobs = 256;
+  std::atomic<int64_t> step_microseconds = 0;
 
  private:
   struct Job {
@@ -170,9 +177,9 @@ class EchoGenerator : public Generator {
         it = advance(it->second) ? jobs_.erase(it) : std::next(it);
       }
       changed_.notify_all();
-      if (step.count() > 0) {
+      if (const int64_t step = step_microseconds; step > 0) {
         lock.unlock();
-        std::this_thread::sleep_for(step);
+        std::this_thread::sleep_for(std::chrono::microseconds(step));
         lock.lock();
       } else if (!moved) {
         changed_.wait_for(lock, std::chrono::milliseconds(5));
@@ -185,7 +192,7 @@ class EchoGenerator : public Generator {
   std::map<uint64_t, Job> jobs_;
   uint64_t last_id_ = 0;
   SchedulerStats stats_;
-  std::string fault_;
+  std::string fault_, last_salt_;
   bool stop_ = false, draining_ = false;
   std::thread thread_;
 };
@@ -334,11 +341,12 @@ inline std::string get(const std::string& path, const std::string& headers = "")
 
 struct TestServer {
   explicit TestServer(AppOptions app_options = {}, HttpServerOptions http_options = {})
-      : app(std::move(app_options)), http((http_options.port = 0, app), quiet(http_options)) {
+      : app(std::move(app_options)), http(app, quiet(http_options)) {
     app.set_model(byte_model(&generator));
     http.start();
   }
   static HttpServerOptions quiet(HttpServerOptions options) {
+    options.port = 0;
     options.access_log = false;
     return options;
   }

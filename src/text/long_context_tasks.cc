@@ -205,6 +205,7 @@ std::string hide(const std::vector<std::vector<std::string>>& groups, int64_t fi
 
   struct Place {
     int64_t at;
+    size_t number;  // of facts at one place the first stays first
     const std::string* fact;
   };
   std::vector<Place> places;
@@ -213,9 +214,10 @@ std::string hide(const std::vector<std::vector<std::string>>& groups, int64_t fi
     for (size_t i = 0; i < facts.size(); ++i)
       positions.push_back(static_cast<int64_t>(rng.below(total + 1)));
     std::ranges::sort(positions);
-    for (size_t i = 0; i < facts.size(); ++i) places.push_back({positions[i], &facts[i]});
+    for (size_t i = 0; i < facts.size(); ++i)
+      places.push_back({positions[i], places.size(), &facts[i]});
   }
-  std::ranges::stable_sort(places, {}, &Place::at);
+  std::ranges::sort(places, {}, [](const Place& p) { return std::pair(p.at, p.number); });
 
   std::string text(kHeader);
   int64_t passed = 0;

@@ -1,5 +1,6 @@
 // OpenAI's own client against the real program.
 // Usage: node openai_client.mjs PROGRAM MODEL
+import { spawnSync } from "node:child_process";
 import OpenAI from "openai";
 import { check, checksPassed, startServer } from "./start_server.mjs";
 
@@ -53,6 +54,15 @@ try {
   check(several.choices.length === 4 && several.choices.every((choice, i) => choice.index === i), "n and prompts", several);
   const again = await client.completions.create({ model: "demo", prompt: ["The index", "A layer"], n: 2, max_tokens: 8, temperature: 1, seed: 5 });
   check(JSON.stringify(several.choices) === JSON.stringify(again.choices), "a seed gives the same again");
+
+  // vLLM's names have a colon, of which promtool may complain; of nothing else.
+  const metricsText = await (await fetch(server.url + "/metrics", { headers: { Authorization: "Bearer secret" } })).text();
+  const promtool = spawnSync("promtool", ["check", "metrics"], { input: metricsText, encoding: "utf8" });
+  if (promtool.error?.code === "ENOENT") console.log("promtool is not installed: its check is skipped");
+  else {
+    const complaints = (promtool.stdout + promtool.stderr).split("\n").filter((line) => line && !line.includes("metric names should not contain ':'"));
+    check(complaints.length === 0, "promtool check metrics", complaints);
+  }
 
   const aborted = new AbortController();
   let seen = 0;

@@ -23,10 +23,16 @@ try {
     await page.goto(server.url);
     await page.getByLabel("API key").fill("secret");
     await page.getByLabel("API key").press("Tab");
+    const narrow = width < 760;
+    const brief = page.locator("summary");
+    check(await brief.isVisible() === narrow, "plan and load are a line on a narrow window");
+    if (narrow) await brief.click();
     await page.waitForSelector(".plan b");
     const letters = await page.locator(".plan b").allTextContents();
     check(letters.length === 24 && letters.filter((letter) => letter === "F").length === 7, "the plan", letters.join(""));
     await page.waitForSelector(".state.ok");
+    if (narrow) await brief.click();
+    check(await page.locator("#load").isVisible() !== narrow, "the line opens and closes");
 
     await page.getByLabel("max tokens").fill("40");
     await page.getByLabel("Message").fill("Tell me about the indexer.\nIn two lines.");
@@ -42,7 +48,8 @@ try {
     await page.waitForFunction(() => document.querySelectorAll(".turn.assistant")[1]?.textContent.length > 20, null, { timeout: 60000 });
     check(await page.getByRole("button", { name: "Stop" }).isVisible(), "the button stops");
     await page.waitForTimeout(2200);
-    await page.screenshot({ path: join(folder, `page-${width}-running.png`), fullPage: width < 760 });
+    check(await page.getByLabel("Message").isVisible() && await page.evaluate(() => document.documentElement.scrollHeight <= innerHeight), "the answer scrolls, the page does not");
+    await page.screenshot({ path: join(folder, `page-${width}-running.png`) });
     await page.getByRole("button", { name: "Stop" }).click().catch(() => {});
     await page.waitForFunction(() => document.querySelector("#send").textContent === "Send");
     const kept = (await second.textContent()).length;
@@ -53,7 +60,10 @@ try {
     check((await page.locator("#rate-line").getAttribute("d")).length > 5, "the rate is drawn");
     const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
     check(overflow <= 0, "nothing is wider than the window", overflow);
-    await page.screenshot({ path: join(folder, `page-${width}.png`), fullPage: width < 760 });
+    if (narrow) await brief.click();
+    await page.screenshot({ path: join(folder, `page-${width}.png`) });
+    await page.getByRole("button", { name: "New chat" }).click();
+    check((await page.locator(".turn").count()) === 0 && await page.locator("#hint").isVisible(), "a new chat is empty");
     check(problems.length === 0, "scripts run without errors", problems);
     await page.close();
   }

@@ -292,7 +292,6 @@ template <>
 struct Whole<Unit::kQuad> {
   using Type = Vec;
   using Sum = __m512i;
-  static constexpr int kKeysAlone = kKeys1;
   static constexpr Unit kUnitOfRows = Unit::kQuad;
   INDEXCACHE_INLINE Sum start(const float* p) { return load(p); }
   INDEXCACHE_INLINE Sum load(const float* p) { return _mm512_loadu_si512(p); }

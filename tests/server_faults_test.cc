@@ -1,0 +1,248 @@
+// What happens to a real server, on a real engine: too many requests, too little room, poison,
+// clients that leave at any moment. After each fault a good request gets the same bytes as before
+// it.
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <atomic>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include "base/rng.h"
+#include "checkpoint/test_files.h"
+#include "tests/server_process.h"
+
+namespace indexcache {
+namespace {
+
+std::string request_of(const std::vector<int32_t>& prompt, int max_tokens, bool stream = false) {
+  return post("/v1/completions", Json{{"prompt", prompt},
+                                      {"max_tokens", max_tokens},
+                                      {"temperature", 0},
+                                      {"ignore_eos", true},
+                                      {"logprobs", 2},
+                                      {"stream", stream}}
+                                     .dump());
+}
+
+std::vector<int32_t> tokens_of(uint64_t seed, int64_t length) {
+  Rng rng(seed);
+  std::vector<int32_t> tokens(static_cast<size_t>(length));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(10 + rng.below(400));
+  return tokens;
+}
+
+const std::string kGood = request_of(tokens_of(1, 40), 12);
+
+std::vector<std::string> with(const std::vector<std::string>& flags) {
+  std::vector<std::string> all = {"-m", model_folder(), "-t", "1", "--port", "0"};
+  all.insert(all.end(), flags.begin(), flags.end());
+  return all;
+}
+
+double metric(Server& server, const std::string& name) {
+  const std::string text = server.ask(get("/metrics"));
+  const size_t at = text.find("\n" + name + "{");
+  if (at == std::string::npos) return NAN;
+  return std::stod(text.substr(text.find("} ", at) + 2));
+}
+
+// What was answered, without how much of the prompt was in the cache.
+std::string choices(const std::string& answer) {
+  EXPECT_EQ(status_of(answer), 200) << answer;
+  return parse_json(body_of(answer), "answer")["choices"].dump();
+}
+
+std::string good(Server& server) { return choices(server.ask(kGood)); }
+
+// All of it is over: nothing runs, every page is free, and the good request is what it was.
+void expect_recovered(Server& server, const std::string& before) {
+  for (int i = 0; i < 500 && metric(server, "vllm:num_requests_running") +
+                                     metric(server, "vllm:num_requests_waiting") >
+                                 0;
+       ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_EQ(metric(server, "vllm:num_requests_running"), 0);
+  EXPECT_EQ(metric(server, "vllm:num_requests_waiting"), 0);
+  EXPECT_EQ(metric(server, "indexcache_cache_free_pages"),
+            metric(server, "indexcache_cache_pages"));
+  EXPECT_EQ(good(server), before);
+  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0);
+}
+
+TEST(ServeFaults, TooManyAreRefusedAndTheRestAreAnsweredAsIfAlone) {
+  Server server(with({"--deterministic", "--max-running", "2", "--max-waiting", "2"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  const std::string request = request_of(tokens_of(2, 60), 200);
+  const std::string alone = choices(server.ask(request));
+  constexpr int kSent = 24;
+  std::atomic<int> answered = 0, refused = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kSent; ++i) {
+    threads.emplace_back([&] {
+      const std::string answer = server.ask(request);
+      if (status_of(answer) == 200) {
+        ++answered;
+        EXPECT_EQ(choices(answer), alone);
+      } else {
+        ++refused;
+        EXPECT_EQ(status_of(answer), 429) << answer;
+        EXPECT_NE(answer.find("\r\nRetry-After: "), std::string::npos) << answer;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(answered + refused, kSent);
+  EXPECT_GE(answered, 4);
+  EXPECT_EQ(metric(server, "indexcache_requests_refused_total"), refused);
+  EXPECT_EQ(metric(server, "indexcache_requests_accepted_total"), answered + 2);
+  expect_recovered(server, before);
+}
+
+TEST(ServeFaults, ACacheForOneServesEight) {
+  Server server(with({"--deterministic", "-c", "512", "--cache-tokens", "512"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  std::vector<std::string> requests, alone;
+  for (uint64_t i = 0; i < 8; ++i) {
+    requests.push_back(request_of(tokens_of(10 + i, 100 + 20 * static_cast<int64_t>(i)), 120));
+    alone.push_back(choices(server.ask(requests.back())));
+  }
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    threads.emplace_back([&, i] { EXPECT_EQ(choices(server.ask(requests[i])), alone[i]) << i; });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GT(metric(server, "vllm:num_preemptions_total"), 0) << "a weak test";
+  const std::string too_long = server.ask(request_of(tokens_of(3, 500), 100));
+  EXPECT_EQ(status_of(too_long), 400);
+  for (const char* part : {"context_length_exceeded", "512", "600"})
+    EXPECT_NE(too_long.find(part), std::string::npos) << too_long;
+  expect_recovered(server, before);
+}
+
+TEST(ServeFaults, ClientsThatLeaveAtAnyMoment) {
+  constexpr uint64_t kSeed = 20261124;
+  SCOPED_TRACE(fmt::format("seed {}", kSeed));
+  Server server(with({"--deterministic", "--max-running", "3", "--chunk", "64"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  std::vector<std::thread> threads;
+  for (uint64_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      Rng rng(kSeed + t);
+      for (int i = 0; i < 12; ++i) {
+        RawClient client(server.port());
+        // Half of them share their beginning.
+        client.send(request_of(tokens_of(20 + rng.below(2) * (1 + t), 300), 200, rng.below(2)));
+        std::this_thread::sleep_for(std::chrono::microseconds(rng.below(30000)));
+      }
+    });
+  }
+  for (int i = 0; i < 10; ++i) EXPECT_EQ(good(server), before) << "meanwhile";
+  for (std::thread& thread : threads) thread.join();
+  expect_recovered(server, before);
+}
+
+// The weights have NaN in the embedding of one token: who uses it gets an error, nobody else does.
+TEST(ServeFaults, APoisonedRequestFailsAlone) {
+  constexpr int kPoisoned = 7;
+  const std::string folder = model_folder() + "-poisoned";
+  std::filesystem::copy(model_folder(), folder, std::filesystem::copy_options::recursive);
+  const std::string path = folder + "/model.safetensors";
+  std::string bytes = read_file(path);
+  uint64_t size;
+  std::memcpy(&size, bytes.data(), 8);
+  const Json header = parse_json(std::string_view(bytes).substr(8, size), "header");
+  const Json& embedding = header["model.embed_tokens.weight"];
+  const size_t row_bytes = embedding["shape"][1].get<size_t>() * 2;
+  ASSERT_EQ(embedding["dtype"], "BF16");
+  bytes.replace(8 + size + embedding["data_offsets"][0].get<size_t>() + kPoisoned * row_bytes,
+                row_bytes, std::string(row_bytes, '\xff'));
+  std::ofstream(path, std::ios::binary) << bytes;
+
+  Server server({"-m", folder, "-t", "1", "--port", "0", "--deterministic"});
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  std::vector<int32_t> poisoned = tokens_of(1, 300);
+  poisoned[200] = kPoisoned;
+  const std::string other = request_of(tokens_of(4, 100), 100);
+  const std::string alone = choices(server.ask(other));
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      const std::string answer = server.ask(request_of(poisoned, 5));
+      EXPECT_EQ(status_of(answer), 500);
+      EXPECT_NE(answer.find("non_finite_logits"), std::string::npos) << answer;
+    });
+    threads.emplace_back([&] { EXPECT_EQ(choices(server.ask(other)), alone); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const std::string stream = server.ask(request_of(poisoned, 5, true));
+  EXPECT_NE(stream.find("\"error\""), std::string::npos) << stream;
+  EXPECT_EQ(stream.find("[DONE]"), std::string::npos);
+  EXPECT_EQ(metric(server, "vllm:corrupted_requests_total"), 4);
+  // What is left of it in the cache harms nobody who begins in the same way.
+  std::vector<int32_t> same_beginning = poisoned;
+  same_beginning[200] = 11;
+  EXPECT_EQ(status_of(server.ask(request_of(same_beginning, 5))), 200);
+  expect_recovered(server, before);
+  std::filesystem::remove_all(folder);
+}
+
+TEST(ServeFaults, OutOfDescriptors) {
+  Server server(with({"--deterministic"}), {}, [] {
+    const rlimit few = {64, 64};
+    setrlimit(RLIMIT_NOFILE, &few);
+  });
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  {
+    std::vector<std::unique_ptr<RawClient>> clients;
+    for (int i = 0; i < 200; ++i) clients.push_back(std::make_unique<RawClient>(server.port()));
+    clients[0]->send(kGood);
+    EXPECT_EQ(choices(clients[0]->receive(30)), before);
+  }
+  expect_recovered(server, before);
+}
+
+TEST(ServeFaults, SignalWhileLoading) {
+  Server server(with({}));
+  ASSERT_TRUE(server.wait_for_log("listening")) << server.log();
+  server.signal(SIGTERM);
+  const int code = server.exit_code();
+  // A small model may be there before the signal.
+  EXPECT_TRUE(code == 128 + SIGTERM || code == 0) << code << server.log();
+}
+
+TEST(ServeFaults, TooLittleMemoryIsSaidBeforeItIsTaken) {
+  const ProgramResult cache = run_program({"serve", "-m", model_folder(), "--port", "0",
+                                           "--cache-tokens", std::to_string(int64_t{1} << 34)});
+  expect_failure(cache, 1);
+  EXPECT_NE(cache.err.find("needs "), std::string::npos) << cache.err;
+  EXPECT_NE(cache.err.find("available"), std::string::npos) << cache.err;
+}
+
+TEST(ServeFaults, AddressOfAnotherMachine) {
+  const ProgramResult elsewhere =
+      run_program({"serve", "-m", model_folder(), "--port", "0", "--host", "192.0.2.1"});
+  expect_failure(elsewhere, 1);
+  EXPECT_NE(elsewhere.err.find("cannot listen on 192.0.2.1"), std::string::npos) << elsewhere.err;
+}
+
+// No request can make it call out: the program does not even import what opens connections.
+TEST(ServeFaults, CannotOpenConnections) {
+  if (!kLimitAddressSpace) GTEST_SKIP() << "sanitizers import everything";
+  const std::string program = read_file(INDEXCACHE_BINARY);
+  for (const char* name : {"connect", "getaddrinfo", "sendto"}) {
+    const std::string symbol = std::string(1, '\0') + name + std::string(1, '\0');
+    EXPECT_EQ(program.find(symbol), std::string::npos) << name;
+  }
+}
+
+}  // namespace
+}  // namespace indexcache

@@ -1,0 +1,90 @@
+// A server that runs as a program of its own, and the small random model that it serves.
+#pragma once
+
+#include <cstdlib>
+#include <functional>
+
+#include "server/server_test_kit.h"
+#include "tests/program.h"
+
+namespace indexcache {
+
+// A small random model, made once.
+inline const std::string& model_folder() {
+  static const std::string folder = [] {
+    std::string pattern = ::testing::TempDir() + "/server-XXXXXX";
+    std::string path = std::string(mkdtemp(pattern.data())) + "/tiny";
+    const ProgramResult made = run_program({"synth", "tiny", "--layers", "4", "-o", path});
+    EXPECT_EQ(made.exit_code, 0) << made.err;
+    return path;
+  }();
+  return folder;
+}
+
+class Server {
+ public:
+  // `prepare` runs in the new process before the program.
+  explicit Server(std::vector<std::string> flags,
+                  const std::vector<std::pair<std::string, std::string>>& environment = {},
+                  const std::function<void()>& prepare = {})
+      : log_(memfd_create("log", MFD_CLOEXEC)) {
+    flags.insert(flags.begin(), "serve");
+    std::vector<char*> argv = {const_cast<char*>(INDEXCACHE_BINARY)};
+    for (const std::string& flag : flags) argv.push_back(const_cast<char*>(flag.c_str()));
+    argv.push_back(nullptr);
+    child_ = fork();
+    if (child_ == 0) {
+      dup2(log_, STDERR_FILENO);
+      for (const auto& [name, value] : environment) setenv(name.c_str(), value.c_str(), 1);
+      if (prepare) prepare();
+      execv(INDEXCACHE_BINARY, argv.data());
+      _exit(127);
+    }
+  }
+  ~Server() {
+    if (child_ > 0) {
+      ::kill(child_, SIGKILL);
+      waitpid(child_, nullptr, 0);
+    }
+    ::close(log_);
+  }
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+
+  bool wait_for_log(const std::string& text) {
+    for (int i = 0; i < 3000; ++i) {
+      if (log().find(text) != std::string::npos) return true;
+      if (i > 100 && i % 50 == 0 && ::kill(child_, 0) != 0) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    return false;
+  }
+  bool ready() {
+    if (!wait_for_log("serving ")) return false;
+    const std::string text = log();
+    const size_t at = text.find("listening on http://127.0.0.1:");
+    port_ = static_cast<uint16_t>(std::stoi(text.substr(at + 30)));
+    return true;
+  }
+  std::string log() const { return read_fd(log_); }
+  uint16_t port() const { return port_; }
+  std::string ask(const std::string& request) {
+    RawClient client(port_);
+    client.send(request);
+    return client.receive(30);
+  }
+  void signal(int number) { ::kill(child_, number); }
+  int exit_code() {
+    int status = 0;
+    waitpid(child_, &status, 0);
+    child_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+  }
+
+ private:
+  int log_;
+  pid_t child_ = -1;
+  uint16_t port_ = 0;
+};
+
+}  // namespace indexcache
