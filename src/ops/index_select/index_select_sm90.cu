@@ -358,10 +358,10 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (threadIdx.x >= 256) {
-    give_registers<24>();
+    give_registers<40>();
     if (threadIdx.x < 256 + 32) copy_loop<kHeads>(params, q_map, key_map, shared);
   } else {
-    take_registers<240>();
+    take_registers<232>();
     math_loop<kHeads, kAllScores>(params, shared);
   }
 }
