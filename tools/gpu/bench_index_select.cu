@@ -2,7 +2,7 @@
 // of the kernel's own scores, then times. Prefill and decode.
 //
 //   nvcc -std=c++20 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a -o bench_index_select
-//     tools/gpu/bench_index_select.cu src/ops/index_select/index_*_sm90.cu
+//     tools/gpu/bench_index_select.cu src/ops/index_select/*_sm90.cu
 //   ./bench_index_select [check|time]
 #include <cuda_fp8.h>
 
@@ -24,7 +24,7 @@ struct Run {
   int64_t first_position, num_tokens;
 };
 
-enum class Kind { kNormal, kTies, kMostlyNan, kRising };
+enum class Kind { kNormal, kTies, kMostlyNan, kRising, kPlateau };
 
 __device__ float from_e4m3(uint8_t bits) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
@@ -66,7 +66,7 @@ struct Batch {
   std::vector<SeqSpan> spans;
   DeviceArray<int32_t> pages;
   DeviceArray<uint8_t> pool, q8;
-  DeviceArray<float> weights;
+  DeviceArray<float> weights, q, raw_weights;
   DeviceArray<SeqSpan> seqs;
   DeviceArray<int32_t> positions, counts;
 
@@ -93,6 +93,8 @@ struct Batch {
         pool(static_cast<size_t>(num_pages * kPageBytes)),
         q8(static_cast<size_t>(num_tokens * padded_heads * kIndexDim)),
         weights(static_cast<size_t>(num_tokens * padded_heads)),
+        q(static_cast<size_t>(num_tokens * heads * kIndexDim)),
+        raw_weights(static_cast<size_t>(num_tokens * heads)),
         seqs(runs.size()),
         positions(static_cast<size_t>(num_tokens * k)),
         counts(static_cast<size_t>(num_tokens)) {
@@ -126,6 +128,10 @@ struct Batch {
         // Few different keys; few that are numbers; later ones larger.
         if (kind == Kind::kTies) std::copy_n(host.data() + i % 7 * kIndexDim, kIndexDim, row);
         if (kind == Kind::kMostlyNan && random.below(20) != 0) row[5] = NAN;
+        // Most scores are exactly 0.
+        if (kind == Kind::kPlateau && i % 50 != 0) {
+          for (int d = 0; d < kIndexDim; ++d) row[d] = -std::fabs(row[d]);
+        }
         if (kind == Kind::kRising) {
           for (int d = 0; d < kIndexDim; ++d)
             row[d] *= 0.2f + static_cast<float>(i) / static_cast<float>(keys);
@@ -136,12 +142,15 @@ struct Batch {
     DeviceArray<SeqSpan> all(written);
     OK(store_index_keys(x.data, all.data, static_cast<int>(all.size), static_cast<int>(keys),
                         pool.data, kPageBytes, nullptr));
-    DeviceArray<float> q(static_cast<size_t>(num_tokens * heads * kIndexDim)),
-        w(static_cast<size_t>(num_tokens * heads));
     fill_normal<<<1024, 256>>>(q.data, q.size, seed + 2);
-    fill_normal<<<1024, 256>>>(w.data, w.size, seed + 3);
-    OK(quantise_queries(q.data, w.data, static_cast<int>(num_tokens), heads, padded_heads, q8.data,
-                        weights.data, nullptr));
+    fill_normal<<<1024, 256>>>(raw_weights.data, raw_weights.size, seed + 3);
+    if (kind == Kind::kPlateau) {
+      std::vector<float> host = q.get();
+      for (float& v : host) v = std::fabs(v);
+      q.set(host);
+    }
+    OK(quantise_queries(q.data, raw_weights.data, static_cast<int>(num_tokens), heads, padded_heads,
+                        q8.data, weights.data, nullptr));
     FINISH();
   }
 
@@ -295,6 +304,36 @@ void check_prefill(const char* name, int heads, int k, const std::vector<Run>& r
   report(wrong == 0, "prefill %s heads %d k %d, with bounds: %d wrong", name, heads, k, wrong);
 }
 
+// The whole op from f32 queries, by the way that it chooses itself.
+void check_op(const char* name, int heads, int k, const std::vector<Run>& runs, uint64_t seed) {
+  Batch batch(heads, k, runs, Kind::kNormal, seed);
+  const int sms = multiprocessors();
+  IndexSelectFp8Args args;
+  args.q = batch.q.data;
+  args.weights = batch.raw_weights.data;
+  args.num_heads = heads;
+  args.key_base = batch.pool.data;
+  args.page_bytes = kPageBytes;
+  args.num_pool_pages = batch.num_pages;
+  args.seqs = batch.spans;
+  args.device_seqs = batch.seqs.data;
+  args.max_context = batch.longest;
+  args.k = k;
+  args.positions = batch.positions.data;
+  args.counts = batch.counts.data;
+  DeviceArray<uint8_t> workspace(static_cast<size_t>(index_select_fp8_workspace(args, sms)));
+  OK(index_select_fp8(args, workspace.data, sms, nullptr));
+  FINISH();
+  DeviceArray<uint8_t> other(
+      static_cast<size_t>(index_select_prefill_workspace(batch.padded_heads, sms)));
+  const std::vector<int32_t> got = batch.positions.get();
+  OK(cudaMemset(batch.positions.data, 0xEE, batch.positions.size * 4));
+  OK(index_select_prefill(batch.args(), batch.num_blocks(), nullptr, nullptr, 0, other.data, sms,
+                          nullptr));
+  FINISH();
+  report(got == batch.positions.get(), "op %s heads %d k %d: as by prefill", name, heads, k);
+}
+
 void time_prefill(int heads, int64_t queries, int64_t context, Kind kind) {
   Batch batch(heads, 2048, {{context - queries, queries}}, kind, 7);
   const int sms = multiprocessors();
@@ -401,6 +440,7 @@ int main(int argc, char** argv) {
     check_prefill("ragged", 128, 128, ragged, Kind::kNormal, 6);
     check_prefill("padded", 20, 128, ragged, Kind::kNormal, 7);
     check_prefill("ties", 32, 512, {{12000, 40}}, Kind::kTies, 8);
+    check_prefill("plateau", 32, 512, {{12000, 40}}, Kind::kPlateau, 12);
     check_prefill("mostly NaN", 32, 512, {{5000, 40}}, Kind::kMostlyNan, 9);
     check_prefill("rising", 32, 2048, {{60000, 64}}, Kind::kRising, 10);
     check_prefill("long", 32, 2048, {{200000 - 128, 128}}, Kind::kNormal, 11);
@@ -411,11 +451,16 @@ int main(int argc, char** argv) {
     check_decode("ragged", 16, 128, {{5000, 2}, {900, 1}}, 2, Kind::kNormal, 24);
     check_decode("ragged", 128, 128, {{5000, 1}, {900, 1}}, 1, Kind::kNormal, 25);
     check_decode("ties", 32, 512, {{12000, 1}, {3000, 1}}, 1, Kind::kTies, 26);
+    check_decode("plateau", 32, 512, {{12000, 1}, {3000, 1}}, 1, Kind::kPlateau, 31);
     check_decode("mostly NaN", 32, 512, {{5000, 1}, {9000, 1}}, 1, Kind::kMostlyNan, 27);
     check_decode("long", 32, 2048, {{199999, 1}, {100000, 1}, {2047, 1}, {2048, 1}}, 1,
                  Kind::kNormal, 28);
     check_decode("batch", 32, 2048, std::vector<Run>(64, {6000, 1}), 1, Kind::kNormal, 29);
     check_decode("very long", 32, 2048, {{700000, 1}}, 1, Kind::kNormal, 30);
+  }
+  if (what != "time") {
+    check_op("decode", 20, 128, {{5000, 2}, {900, 1}, {0, 1}}, 41);
+    check_op("prefill", 32, 128, {{5000, 20}, {900, 1}, {0, 1}}, 42);
   }
   if (what != "check") {
     time_prefill(32, 8192, 200000, Kind::kNormal);

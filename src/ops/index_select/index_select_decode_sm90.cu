@@ -299,7 +299,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kSelectThread
       if (who == 0) continue;
       // Scores crowd in few bins: those that share the first lane's are added as one.
       const int leader = __ffs(who) - 1;
-      const bool same = counts && bin == __shfl_sync(0xFFFFFFFFu, bin, leader);
+      const int leading_bin = __shfl_sync(0xFFFFFFFFu, bin, leader);
+      const bool same = counts && bin == leading_bin;
       const unsigned together = __ballot_sync(0xFFFFFFFFu, same);
       if (lane == leader) {
         atomicAdd(&bins[bin], __popc(together));

@@ -46,7 +46,6 @@ struct Shared {
   alignas(16) float weights[kColumns];  // halved, see HeadSums
   alignas(16) KeepBestScratch keep_best[2];
   float thresholds[kColumns / 16];  // only scores above enter; NaN: all do
-  uint32_t threshold_ranks[kColumns / 16];
   int num_candidates[kColumns / 16];
   int last_positions[kColumns / 16];  // that the query sees
   uint64_t q_full, q_empty;
@@ -188,14 +187,13 @@ struct Scorer {
     }
   }
 
-  // Seldom: what it needs is read from shared memory rather than kept in registers.
-  __device__ __forceinline__ void append(float score, int query, int position) {
+  __device__ __forceinline__ void append(float score, int query, int position, float threshold) {
     if (position > shared.last_positions[query]) return;
-    const uint32_t rank = rank_of_score(score);
-    if (rank <= shared.threshold_ranks[query]) return;  // NaN passed the first test
+    // NaN counts as -infinity, which is above no threshold that is set.
+    if (score != score && threshold == threshold) return;
     const int slot = atomicAdd(&shared.num_candidates[query], 1);
     Candidate* to = candidates_of<kHeads>(params, query) + slot;
-    *reinterpret_cast<uint2*>(to) = {rank, static_cast<uint32_t>(position)};
+    *reinterpret_cast<uint2*>(to) = {rank_of_score(score), static_cast<uint32_t>(position)};
   }
 
   __device__ __forceinline__ void offer(const float (&products)[kHalf / 2],
@@ -215,8 +213,10 @@ struct Scorer {
           params.all_scores[(block.token + query) * params.scores_stride + position] = score;
         }
       }
-      if (!(score <= thresholds[half][i / 2]) && Sums::writes(c)) {
-        append(score, half * Sums::kQueries + Sums::query(c, i), page_begin + row + 8 * sum_row);
+      const float threshold = thresholds[half][i / 2];
+      if (!(score <= threshold) && Sums::writes(c)) {
+        append(score, half * Sums::kQueries + Sums::query(c, i), page_begin + row + 8 * sum_row,
+               threshold);
       }
     }
   }
@@ -248,13 +248,10 @@ __device__ void math_loop(const Params& params, Shared& shared) {
       const int query = threadIdx.x;
       // Rows that are not there, and those that see no more than k tokens, take no candidates.
       const bool wanted = query < block.num_queries && block.first_position + query >= args.k;
-      uint32_t rank = wanted ? 0 : 0xFFFFFFFFu;
       float threshold = __uint_as_float(wanted ? 0x7FC00000u : 0x7F800000u);
       if (wanted && params.lower_bounds != nullptr) {
-        rank = rank_of_score(params.lower_bounds[block.token + query]) - 1;
-        threshold = score_of_rank(rank);  // below -infinity: NaN
+        threshold = below_score(params.lower_bounds[block.token + query]);
       }
-      shared.threshold_ranks[query] = rank;
       shared.thresholds[query] = threshold;
       shared.num_candidates[query] = 0;
       shared.last_positions[query] = block.first_position + query;
@@ -326,7 +323,6 @@ __device__ void math_loop(const Params& params, Shared& shared) {
         const uint32_t least = keep_best(candidates, n, args.k, out, reduce);
         if (thread == 0) {
           shared.num_candidates[query] = args.k;
-          shared.threshold_ranks[query] = least;
           shared.thresholds[query] = score_of_rank(least);
         }
       }

@@ -20,6 +20,12 @@ __device__ __forceinline__ float score_of_rank(uint32_t rank) {
   return __uint_as_float(rank ^ ((rank >> 31) != 0 ? 0x80000000u : 0xFFFFFFFFu));
 }
 
+// The highest number below a score; NaN below -infinity.
+__device__ __forceinline__ float below_score(float score) {
+  const uint32_t rank = rank_of_score(score) - 1;
+  return score_of_rank(rank == 0x7FFFFFFFu ? rank - 1 : rank);  // -0 is not below 0
+}
+
 // The products of one warpgroup, 64 keys by kColumns (query, head) pairs with a query's heads side
 // by side, become scores but for the key's scale. A thread has two keys (rows) and, of every query,
 // the heads 8 j + 2 (lane % 4) + {0, 1}; weights[2 j + e] goes with column 8 j + 2 (lane % 4) + e

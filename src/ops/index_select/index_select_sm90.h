@@ -17,6 +17,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <span>
 
 #include "ops/kit/paged.h"
 
@@ -34,6 +35,34 @@ constexpr int padded_index_heads(int64_t num_heads) {
          : num_heads <= 128 ? 128
                             : 0;
 }
+
+// --- the whole op (index_select_fp8_sm90.cu) ---
+
+struct IndexSelectFp8Args {
+  const float* q = nullptr;        // [num_tokens, num_heads, 128], 16-byte aligned
+  const float* weights = nullptr;  // [num_tokens, num_heads]
+  int num_heads = 0;               // 1 to 128
+  const uint8_t* key_base = nullptr;
+  int64_t page_bytes = 0;
+  int64_t num_pool_pages = 0;
+  std::span<const SeqSpan> seqs;         // on the host; page tables are not used
+  const SeqSpan* device_seqs = nullptr;  // the same on the GPU
+  int64_t max_context = 0;  // at least the longest sequence; in a graph, of every replay
+  int k = 0;                // 1 to kMaxIndexTopK
+  const float* lower_bounds = nullptr;  // see index_select_prefill()
+  int32_t* positions = nullptr;         // out [num_tokens, k]
+  int32_t* counts = nullptr;            // out [num_tokens]
+};
+
+// Bytes of `workspace`, which is 256-byte aligned.
+int64_t index_select_fp8_workspace(const IndexSelectFp8Args& args, int num_multiprocessors);
+
+// Batches of at most 4 tokens a sequence may be captured in a graph and replayed with other
+// contents of device_seqs of the same numbers of tokens.
+cudaError_t index_select_fp8(const IndexSelectFp8Args& args, void* workspace,
+                             int num_multiprocessors, cudaStream_t stream);
+
+// --- its parts ---
 
 struct IndexScoreArgs {
   const uint8_t* q8 = nullptr;     // [num_tokens, num_heads, 128] e4m3
