@@ -1,9 +1,7 @@
 // The fp8 indexer on Hopper: scores against a naive kernel, selections against a sort on the host
-// of the kernel's own scores, then times. Prefill and decode.
+// of the kernel's own scores, then times. Prefill and decode. Built by tools/gpu/build.
 //
-//   nvcc -std=c++20 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a -o bench_index_select
-//     tools/gpu/bench_index_select.cu src/ops/index_select/*_sm90.cu
-//   ./bench_index_select [check|time]
+//   bench_index_select [check|time]
 #include <cuda_fp8.h>
 
 #include <numeric>

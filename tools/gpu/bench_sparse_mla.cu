@@ -1,8 +1,6 @@
-// Sparse MLA on Hopper against loops in double on the GPU, then times.
+// Sparse MLA on Hopper against loops in double on the GPU, then times. Built by tools/gpu/build.
 //
-//   nvcc -std=c++20 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a -o bench_sparse_mla
-//     tools/gpu/bench_sparse_mla.cu src/ops/sparse_mla/sparse_mla_*sm90.cu
-//   ./bench_sparse_mla [check|time]
+//   bench_sparse_mla [check|time]
 #include <cuda_bf16.h>
 
 #include <numeric>

@@ -1,8 +1,6 @@
 // Whether ops/kit/sm90_wgmma.cuh describes operands as the hardware reads them: each kind of
 // operand with small integers (exact products) against loops on the host. To be run first when a
-// Hopper kernel is wrong.
-//
-//   nvcc -std=c++20 -O2 -Isrc -gencode=arch=compute_90a,code=sm_90a tools/gpu/check_wgmma.cu
+// Hopper kernel is wrong. Built by tools/gpu/build.
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 

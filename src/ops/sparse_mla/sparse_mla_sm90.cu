@@ -37,6 +37,8 @@ constexpr int kValuePanels = kLatentDim / 64;
 constexpr int kPanelBytes = kTileKeys * 128;
 constexpr int kStages = 2;
 constexpr int kRowBytes = kLatentRow * 2;
+constexpr int kNoKey =
+    kSlotMask;  // neither a position that any context reaches nor an entry of a pair
 constexpr float kLog2e = 1.4426950408889634f;
 
 enum class Mode { kSplitKeys, kSplitHeads, kPairs };
@@ -117,18 +119,26 @@ __device__ void gather_loop(const Params& params, Shared<kN, kMode>& shared) {
   const uint32_t offset = first_row * 128 + ((unit ^ (first_row % 8)) << 4);
   RingPosition<kStages> at;
 
+  // The keys of a tile are read while the tile before it is copied, so that finding its rows waits
+  // for the page table only.
+  int keys[4];
   const uint8_t* from[4];
-  const auto find_rows = [&](const Item& item, int tile) {
+  const auto read_keys = [&](const Item& item, int tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = tile * kTileKeys + first_row + 16 * i;
+      keys[i] = key < item.num_keys ? item.keys[key] : kNoKey;
+    }
+  };
+  const auto find_rows = [&](const Item& item) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
       from[i] = nullptr;
-      if (key >= item.num_keys) continue;
-      const int value = item.keys[key];
+      if (keys[i] == kNoKey) continue;
       const int slot = kMode == Mode::kPairs
-                           ? value & kSlotMask
-                           : item.pages[value / kPageTokens] * static_cast<int>(kPageTokens) +
-                                 value % static_cast<int>(kPageTokens);
+                           ? keys[i] & kSlotMask
+                           : item.pages[keys[i] / kPageTokens] * static_cast<int>(kPageTokens) +
+                                 keys[i] % static_cast<int>(kPageTokens);
       from[i] = args.rows + slot / kPageTokens * args.page_bytes + slot % kPageTokens * kRowBytes +
                 unit * 16;
     }
@@ -137,8 +147,10 @@ __device__ void gather_loop(const Params& params, Shared<kN, kMode>& shared) {
   for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
     const Item item = find_item<kN, kMode>(params, index);
     const int num_tiles = item.num_tiles();
-    if (num_tiles > 0) find_rows(item, 0);
+    read_keys(item, 0);
     for (int tile = 0; tile < num_tiles; ++tile) {
+      find_rows(item);
+      read_keys(item, tile + 1);
       barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
       const uint32_t to = shared_address(shared.rows[at.stage]) + offset;
 #pragma unroll
@@ -154,7 +166,6 @@ __device__ void gather_loop(const Params& params, Shared<kN, kMode>& shared) {
       }
       barrier_arrive_after_copies(&shared.full[at.stage]);
       at.advance();
-      if (tile + 1 < num_tiles) find_rows(item, tile + 1);
     }
   }
 }
