@@ -30,5 +30,7 @@ void run_rows(Exec& exec, const Args& args) {
       {"avx512", [](const Args&) { return cpu_features().avx512; },                               \
        run_rows<Args, avx512::op##_rows>},                                                        \
       {"avx2", [](const Args&) { return cpu_features().avx2; }, run_rows<Args, avx2::op##_rows>}, \
-      {"ref", [](const Args&) { return true; }, run_rows<Args, op##_ref_rows>},                   \
+      INDEXCACHE_CUDA_LINE(                                                                       \
+          {"cuda", [](const Args&) { return true; }, op##_cuda, Device::kCuda}, ){                \
+          "ref", [](const Args&) { return true; }, run_rows<Args, op##_ref_rows>},                \
   }

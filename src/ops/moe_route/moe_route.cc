@@ -8,7 +8,8 @@ namespace indexcache {
 namespace {
 
 constexpr OpImpl<MoeRouteArgs> kMoeRouteImpls[] = {
-    {"ref", [](const MoeRouteArgs&) { return true; }, moe_route_ref},
+    INDEXCACHE_CUDA_LINE({"cuda", moe_route_cuda_supported, moe_route_cuda, Device::kCuda}, ){
+        "ref", [](const MoeRouteArgs&) { return true; }, moe_route_ref},
 };
 
 }  // namespace

@@ -6,6 +6,10 @@
 namespace indexcache {
 
 void sparse_mla_ref(Exec& exec, const SparseMlaArgs& args);
+bool sparse_mla_cuda_supported(const SparseMlaArgs& args);  // rows of up to 790 elements
+void sparse_mla_cuda(Exec& exec, const SparseMlaArgs& args);
+bool sparse_mla_cuda_mma_supported(const SparseMlaArgs& args);  // bf16, value_dim 512 or 128
+void sparse_mla_cuda_mma(Exec& exec, const SparseMlaArgs& args);
 
 // Best first. `ref` is last.
 std::span<const OpImpl<SparseMlaArgs>> sparse_mla_impls();
