@@ -61,9 +61,12 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
                                     static_cast<int>(shared_bytes)),
                "shared memory of a kernel");
   }
-  kernel<<<grid, block, shared_bytes, stream_of(stream)> > >(
-      static_cast<Params>(std::forward<Args>(args))...);
-  check_cuda(cudaGetLastError(), "starting a kernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream_of(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "starting a kernel");
 }
 
 template <class T>

@@ -22,6 +22,15 @@ std::string kernel_names(Device device) {
                      gpus[0].compute_capability % 10);
 }
 
+bool first_gpu_is_hopper() {
+  static const bool hopper = [] {
+    std::string why;
+    const std::vector<Gpu> gpus = list_gpus(&why);
+    return !gpus.empty() && gpus[0].compute_capability == 90;
+  }();
+  return hopper;
+}
+
 std::string cuda_unavailable_reason() {
   std::string why;
   const std::vector<Gpu> gpus = list_gpus(&why);

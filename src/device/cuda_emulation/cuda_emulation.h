@@ -75,7 +75,7 @@ void run(const Launch& launch);
 void check_words(const void* argument, size_t num_bytes);
 
 template <class T>
-void check_argument(T& argument) {
+void check_argument([[maybe_unused]] T& argument) {
 #if __has_builtin(__builtin_clear_padding)
   __builtin_clear_padding(&argument);
   check_words(&argument, sizeof(argument));

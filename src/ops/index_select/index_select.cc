@@ -204,9 +204,10 @@ constexpr OpImpl<IndexSelectArgs> kImpls[] = {
     {"avx2",
      [](const IndexSelectArgs& args) { return cpu_features().avx2 && sums_are_exact(args); },
      run<&avx2::kIndexSelect>},
-    INDEXCACHE_CUDA_LINE(
-        {"cuda", [](const IndexSelectArgs&) { return true; }, index_select_cuda, Device::kCuda}, ){
-        "ref", [](const IndexSelectArgs&) { return true; }, index_select_ref},
+#ifdef INDEXCACHE_CUDA
+    {"cuda", [](const IndexSelectArgs&) { return true; }, index_select_cuda, Device::kCuda},
+#endif
+    {"ref", [](const IndexSelectArgs&) { return true; }, index_select_ref},
 };
 
 void check_contract(Device device, const IndexSelectArgs& args) {

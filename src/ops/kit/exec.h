@@ -157,10 +157,3 @@ void run_op(Exec& exec, const char* op, const OpImpl<Args> (&table)[N], const Ar
 }
 
 }  // namespace indexcache
-
-// A line of a table for a GPU, in builds that have it. `run` is declared by it.
-#ifdef INDEXCACHE_CUDA
-#define INDEXCACHE_CUDA_LINE(...) __VA_ARGS__
-#else
-#define INDEXCACHE_CUDA_LINE(...)
-#endif

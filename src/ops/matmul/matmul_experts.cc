@@ -34,8 +34,10 @@ void as_groups(Exec& exec, const MatmulExpertsArgs& args) {
 }
 
 constexpr OpImpl<MatmulExpertsArgs> kImpls[] = {
-    INDEXCACHE_CUDA_LINE({"cuda", have_one_type, matmul_experts_cuda, Device::kCuda}, ){
-        "matmul", [](const MatmulExpertsArgs&) { return true; }, as_groups},
+#ifdef INDEXCACHE_CUDA
+    {"cuda", have_one_type, matmul_experts_cuda, Device::kCuda},
+#endif
+    {"matmul", [](const MatmulExpertsArgs&) { return true; }, as_groups},
 };
 
 Cost matmul_experts_cost(const MatmulExpertsArgs& args) {

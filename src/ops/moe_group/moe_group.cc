@@ -8,9 +8,10 @@ namespace indexcache {
 namespace {
 
 constexpr OpImpl<MoeGroupArgs> kImpls[] = {
-    INDEXCACHE_CUDA_LINE(
-        {"cuda", [](const MoeGroupArgs&) { return true; }, moe_group_cuda, Device::kCuda}, ){
-        "ref", [](const MoeGroupArgs&) { return true; }, moe_group_ref},
+#ifdef INDEXCACHE_CUDA
+    {"cuda", [](const MoeGroupArgs&) { return true; }, moe_group_cuda, Device::kCuda},
+#endif
+    {"ref", [](const MoeGroupArgs&) { return true; }, moe_group_ref},
 };
 
 }  // namespace

@@ -8,8 +8,10 @@ namespace indexcache {
 namespace {
 
 constexpr OpImpl<MoeRouteArgs> kMoeRouteImpls[] = {
-    INDEXCACHE_CUDA_LINE({"cuda", moe_route_cuda_supported, moe_route_cuda, Device::kCuda}, ){
-        "ref", [](const MoeRouteArgs&) { return true; }, moe_route_ref},
+#ifdef INDEXCACHE_CUDA
+    {"cuda", moe_route_cuda_supported, moe_route_cuda, Device::kCuda},
+#endif
+    {"ref", [](const MoeRouteArgs&) { return true; }, moe_route_ref},
 };
 
 }  // namespace

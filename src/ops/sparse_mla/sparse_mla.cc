@@ -114,10 +114,14 @@ constexpr OpImpl<SparseMlaArgs> kTable[] = {
     INDEXCACHE_SPARSE_MLA_IMPL(avx512bf16, avx512_bf16),
     INDEXCACHE_SPARSE_MLA_IMPL(avx512, avx512),
     INDEXCACHE_SPARSE_MLA_IMPL(avx2, avx2),
-    INDEXCACHE_CUDA_LINE(
-        {"cuda_mma", sparse_mla_cuda_mma_supported, sparse_mla_cuda_mma, Device::kCuda}, )
-        INDEXCACHE_CUDA_LINE({"cuda", sparse_mla_cuda_supported, sparse_mla_cuda, Device::kCuda}, ){
-            "ref", [](const SparseMlaArgs&) { return true; }, sparse_mla_ref},
+#if defined(INDEXCACHE_CUDA) && !defined(INDEXCACHE_CUDA_EMULATION)
+    {"sm90", sparse_mla_hopper_supported, sparse_mla_hopper, Device::kCuda},
+#endif
+#ifdef INDEXCACHE_CUDA
+    {"cuda_mma", sparse_mla_cuda_mma_supported, sparse_mla_cuda_mma, Device::kCuda},
+    {"cuda", sparse_mla_cuda_supported, sparse_mla_cuda, Device::kCuda},
+#endif
+    {"ref", [](const SparseMlaArgs&) { return true; }, sparse_mla_ref},
 };
 
 void check_contract(Device device, const SparseMlaArgs& args) {
