@@ -40,6 +40,7 @@ KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
   // Low pages are given first, so that a fresh cache fills from the front.
   for (int64_t page = shape.num_pages - 1; page >= 0; --page)
     free_pages_.push_back(static_cast<int32_t>(page));
+  holders_.resize(static_cast<size_t>(shape.num_pages));
 }
 
 PagedRows KvCache::latent(int layer) {
@@ -59,15 +60,25 @@ bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
   if (missing > num_free_pages()) return false;
   for (int64_t i = 0; i < missing; ++i) {
     sequence.pages.push_back(free_pages_.back());
+    holders_[static_cast<size_t>(free_pages_.back())] = 1;
     free_pages_.pop_back();
   }
   return true;
 }
 
 void KvCache::release(SequenceCache& sequence) {
-  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page)
-    free_pages_.push_back(*page);
+  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) let_go(*page);
   sequence = {};
+}
+
+void KvCache::hold(int32_t page) {
+  CHECK_GE(holders(page), 1);
+  ++holders_[static_cast<size_t>(page)];
+}
+
+void KvCache::let_go(int32_t page) {
+  CHECK_GE(holders(page), 1);
+  if (--holders_[static_cast<size_t>(page)] == 0) free_pages_.push_back(page);
 }
 
 }  // namespace indexcache

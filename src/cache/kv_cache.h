@@ -6,6 +6,10 @@
 // Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction
 // and taken from the system only as pages are first written.
 //
+// A page may be in several sequences at once, which then only read it: it counts its holders and is
+// free when the last one lets go. Only full pages are ever shared, and a full page is never written
+// again, so nothing is copied on write.
+//
 // Bytes a token: num_layers * latent_elements * its element size + num_full * (indexer_elements *
 // theirs, and 4 for the scale of an int8 row).
 #pragma once
@@ -49,14 +53,20 @@ class KvCache {
   // few are free.
   bool reserve(SequenceCache& sequence, int64_t num_tokens);
 
-  // Takes all pages back.
+  // Takes all pages back; those that nobody else holds are free.
   void release(SequenceCache& sequence);
+
+  // How many hold a page that is not free; one more; one less, and the page free at none.
+  int32_t holders(int32_t page) const { return holders_[static_cast<size_t>(page)]; }
+  void hold(int32_t page);
+  void let_go(int32_t page);
 
  private:
   KvCacheShape shape_;
   std::vector<Memory> latent_;        // one a layer
   std::vector<Memory> indexer_keys_;  // one a layer, empty for shared layers
   std::vector<int32_t> free_pages_;   // the next one to give is at the end
+  std::vector<int32_t> holders_;      // of each page, 0 for a free one
 };
 
 }  // namespace indexcache

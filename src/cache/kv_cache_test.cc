@@ -86,6 +86,21 @@ TEST(KvCache, PagesAreNeverSharedAndAllComeBack) {
   }
 }
 
+TEST(KvCache, AHeldPageIsFreeWhenTheLastHolderLetsGo) {
+  KvCache cache(shape_of(2));
+  SequenceCache sequence;
+  ASSERT_TRUE(cache.reserve(sequence, 64));
+  const int32_t page = sequence.pages[0];
+  EXPECT_EQ(cache.holders(page), 1);
+  cache.hold(page);
+  cache.release(sequence);
+  EXPECT_EQ(cache.num_free_pages(), 1);
+  cache.let_go(page);
+  EXPECT_EQ(cache.num_free_pages(), 2);
+  EXPECT_DEATH(cache.let_go(page), "holders");
+  EXPECT_DEATH(cache.hold(page), "holders");
+}
+
 TEST(KvCache, RowsOfOnePageDoNotOverlap) {
   KvCache cache(shape_of(2));
   const PagedRows rows = cache.latent(1);

@@ -20,6 +20,7 @@ int run_program(int argc, char** argv) {
                            fmt::format("indexcache {} ({})", INDEXCACHE_VERSION, cpu_isa_names()));
   int exit_code = 0;
   add_run_command(&program, &exit_code);
+  add_serve_command(&program, &exit_code);
   add_bench_command(&program, &exit_code);
   add_logits_command(&program, &exit_code);
   add_inspect_command(&program, &exit_code);
@@ -29,6 +30,7 @@ int run_program(int argc, char** argv) {
   add_eval_command(&program, &exit_code);
   add_report_command(&program, &exit_code);
   add_synth_command(&program, &exit_code);
+  add_train_command(&program);
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -45,5 +45,7 @@ void add_overlap_command(CLI::App* program, int* exit_code);
 void add_eval_command(CLI::App* program, int* exit_code);
 void add_report_command(CLI::App* program, int* exit_code);
 void add_synth_command(CLI::App* program, int* exit_code);
+void add_serve_command(CLI::App* program, int* exit_code);
+void add_train_command(CLI::App* program);
 
 }  // namespace indexcache

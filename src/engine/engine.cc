@@ -13,12 +13,21 @@ namespace indexcache {
 namespace {
 
 constexpr int64_t kDefaultContext = 4096;
+constexpr int64_t kMaxCacheTokens = int64_t{1} << 36;  // pages are counted in 31 bits
 
 int64_t resolve_context(const ModelConfig& config, int64_t wanted) {
   if (wanted == 0) return std::min(config.max_position_embeddings, kDefaultContext);
   if (wanted < 1 || wanted > config.max_position_embeddings) {
     fail("a context of {} tokens was asked for, expected 1 to {} (max_position_embeddings)", wanted,
          config.max_position_embeddings);
+  }
+  return wanted;
+}
+
+int64_t resolve_cache_tokens(int64_t wanted, int64_t context) {
+  if (wanted == 0) return context;
+  if (wanted < 1 || wanted > kMaxCacheTokens) {
+    fail("a cache of {} tokens was asked for, expected 1 to {}", wanted, kMaxCacheTokens);
   }
   return wanted;
 }
@@ -40,10 +49,11 @@ void check_memory(const MemoryPlan& plan, bool weights_in_memory, Device device)
       "needs {} (weights {}, copies {}, cache {} for {} tokens, activations {}), found {} "
       "{}; {}",
       format_bytes(plan.total()), format_bytes(plan.weights_bytes), format_bytes(plan.owned_bytes),
-      format_bytes(plan.cache_bytes), plan.context,
+      format_bytes(plan.cache_bytes), plan.cache_tokens,
       format_bytes(plan.activation_bytes + plan.workspace_bytes), format_bytes(available),
       gpu ? "free on the GPU" : "available",
-      fits > 0 ? fmt::format("the largest context that fits is {} tokens",
+      fits > 0 ? fmt::format("the largest {} that fits is {} tokens",
+                             plan.cache_tokens == plan.context ? "context" : "cache",
                              fits / kPageTokens * kPageTokens)
                : std::string("no context fits"));
 }
@@ -86,7 +96,8 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
                        const IndexPlan& plan, Compute compute, const RunOptions& options) {
   MemoryPlan memory;
   memory.context = resolve_context(config, options.context);
-  const int64_t pages = ceil_div(memory.context, kPageTokens);
+  memory.cache_tokens = resolve_cache_tokens(options.cache_tokens, memory.context);
+  const int64_t pages = ceil_div(memory.cache_tokens, kPageTokens);
   memory.cache_bytes_per_token = cache_bytes_per_token(
       cache_shape(config, plan, compute, indexer_dtype(compute, options.indexer_keys), pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
@@ -173,7 +184,7 @@ Engine::Engine(const ModelSource& source, const RunOptions& options_in)
       exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus(), options.device),
       cache(cache_shape(model.config, model.plan, model.compute,
                         indexer_dtype(model.compute, options.indexer_keys),
-                        ceil_div(memory.context, kPageTokens)),
+                        ceil_div(memory.cache_tokens, kPageTokens)),
             options.device),
       activations(model.config, std::min(options.batch_tokens, memory.context), options.device) {
   exec.forced = options.forced_ops;

@@ -23,8 +23,9 @@ enum class IndexerKeys { kAuto, kI8 };  // auto: in the cache's type
 
 struct RunOptions {
   Device device = Device::kCpu;
-  int num_threads = 0;  // 0: all CPUs this process may use
-  int64_t context = 0;  // tokens the cache must hold; 0: max_position_embeddings, at most 4096
+  int num_threads = 0;         // 0: all CPUs this process may use
+  int64_t context = 0;         // tokens of a sequence; 0: max_position_embeddings, at most 4096
+  int64_t cache_tokens = 0;    // that all sequences together may keep; 0: as many as `context`
   int64_t batch_tokens = 512;  // tokens of one forward pass of a prefill
   std::string plan;            // override; empty: what the indexers were trained under, or what the
                                // checkpoint says
@@ -40,11 +41,12 @@ struct RunOptions {
 struct MemoryPlan {
   uint64_t weights_bytes = 0;     // tensors in use, mapped from the files
   uint64_t owned_bytes = 0;       // transposed and dequantised copies
-  uint64_t cache_bytes = 0;       // at `context` tokens
+  uint64_t cache_bytes = 0;       // at `cache_tokens` tokens
   uint64_t activation_bytes = 0;  // at `batch_tokens`
   uint64_t workspace_bytes = 0;   // on a GPU: what ops take beside
   int64_t cache_bytes_per_token = 0;
   int64_t context = 0;
+  int64_t cache_tokens = 0;
   uint64_t total() const {
     return weights_bytes + owned_bytes + cache_bytes + activation_bytes + workspace_bytes;
   }

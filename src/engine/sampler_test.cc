@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 
 #include "base/error.h"
@@ -78,6 +80,77 @@ TEST(Sampler, ParamsAreChecked) {
     EXPECT_THROW(check_sampling_params(bad), Error);
   }
   check_sampling_params({.temperature = 1, .top_k = 40, .top_p = 0.95, .min_p = 0.05});
+}
+
+// Whatever the cuts, a draw is the one that a full sort of the distribution gives.
+TEST(Sampler, IsTheDrawFromAFullSort) {
+  constexpr uint64_t kSeed = 20261125;
+  SCOPED_TRACE(testing::Message() << "seed " << kSeed);
+  Rng rng(kSeed);
+  for (const SamplingParams& params :
+       {SamplingParams{.temperature = 1, .seed = 5},
+        SamplingParams{.temperature = 3, .top_p = 0.9, .seed = 6},
+        SamplingParams{.temperature = 50, .top_k = 700, .min_p = 0.99, .seed = 7},
+        SamplingParams{.temperature = 2, .top_k = 300, .top_p = 0.99, .min_p = 0.01, .seed = 8}}) {
+    Sampler sampler(params);
+    Rng draws(params.seed);
+    for (int step = 0; step < 200; ++step) {
+      std::vector<float> logits(1000);
+      for (float& logit : logits) logit = std::round(rng.normal() * 8) / 4;  // many are equal
+      std::vector<std::pair<float, int32_t>> order;
+      for (size_t i = 0; i < logits.size(); ++i)
+        order.emplace_back(-logits[i], static_cast<int32_t>(i));
+      std::sort(order.begin(), order.end());
+      if (params.top_k > 0) order.resize(static_cast<size_t>(params.top_k));
+      std::vector<double> weights;
+      double total = 0, mass = 0;
+      for (const auto& [negative, id] : order) {
+        weights.push_back(std::exp((order[0].first - negative) / params.temperature));
+        total += weights.back();
+      }
+      size_t keep = 0;
+      while (keep < weights.size() && (keep == 0 || mass < params.top_p * total))
+        mass += weights[keep++];
+      while (keep > 1 && weights[keep - 1] < params.min_p) mass -= weights[--keep];
+      double target = draws.uniform() * mass;
+      size_t chosen = 0;
+      while (chosen + 1 < keep && (target -= weights[chosen]) >= 0) ++chosen;
+      ASSERT_EQ(sampler.next(logits), order[chosen].second) << step;
+    }
+  }
+}
+
+TEST(TokenLogprob, RanksAndBest) {
+  const std::vector<float> logits = {1, 3, 2, 3, -INFINITY};
+  const double total = std::log(std::exp(1.) + 2 * std::exp(3.) + std::exp(2.));
+  const TokenLogprob found = token_logprob(logits, 3, 3);
+  EXPECT_EQ(found.token, 3);
+  EXPECT_EQ(found.rank, 1) << "equal logits rank by token id";
+  EXPECT_NEAR(found.logprob, 3 - total, 1e-6);
+  ASSERT_EQ(found.top.size(), 3u);
+  EXPECT_EQ(found.top[0].first, 1);
+  EXPECT_EQ(found.top[1].first, 3);
+  EXPECT_EQ(found.top[2].first, 2);
+  EXPECT_EQ(found.top[1].second, found.logprob) << "the same float";
+  EXPECT_TRUE(token_logprob(logits, 1, 0).top.empty());
+  EXPECT_EQ(token_logprob(logits, 0, 10).top.size(), 5u) << "no more than there are";
+  EXPECT_EQ(token_logprob(logits, 4, 0).logprob, -INFINITY);
+  EXPECT_EQ(token_logprob(logits, 4, 0).rank, 4);
+}
+
+TEST(AllFinite, SeesEveryPlaceAndKind) {
+  std::vector<float> values(100, 1.5f);
+  values[3] = -std::numeric_limits<float>::max();
+  values[4] = std::numeric_limits<float>::denorm_min();
+  EXPECT_TRUE(all_finite(values));
+  EXPECT_TRUE(all_finite({}));
+  for (size_t i = 0; i < values.size(); ++i) {
+    for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
+      std::vector<float> spoiled = values;
+      spoiled[i] = bad;
+      EXPECT_FALSE(all_finite(spoiled));
+    }
+  }
 }
 
 TEST(NegativeLogLikelihood, IsExact) {

@@ -75,10 +75,11 @@ void AddedTokenFinder::Tree::add(std::string_view content, int32_t token) {
   nodes[static_cast<size_t>(node)].token = token;
 }
 
-int32_t AddedTokenFinder::longest_match(const Tree& tree, std::string_view text, size_t at) const {
+int32_t AddedTokenFinder::longest_match(const Tree& tree, std::string_view text,
+                                        std::string_view barred, size_t at) const {
   int32_t best = -1;
   int32_t node = 0;
-  for (; at < text.size(); ++at) {
+  for (; at < text.size() && (barred.empty() || barred[at] == 0); ++at) {
     node = tree.child(node, static_cast<uint8_t>(text[at]));
     if (node < 0) break;
     const int32_t token = tree.nodes[static_cast<size_t>(node)].token;
@@ -87,11 +88,11 @@ int32_t AddedTokenFinder::longest_match(const Tree& tree, std::string_view text,
   return best;
 }
 
-void AddedTokenFinder::split(const Tree& tree, std::string_view text,
+void AddedTokenFinder::split(const Tree& tree, std::string_view text, std::string_view barred,
                              std::vector<Section>& out) const {
   size_t done = 0;  // the text before this is in `out`
   for (size_t at = 0; at < text.size();) {
-    const int32_t found = longest_match(tree, text, at);
+    const int32_t found = longest_match(tree, text, barred, at);
     if (found < 0) {
       ++at;
       continue;
@@ -110,15 +111,18 @@ void AddedTokenFinder::split(const Tree& tree, std::string_view text,
   if (done < text.size()) out.push_back({text.substr(done), -1});
 }
 
-std::vector<AddedTokenFinder::Section> AddedTokenFinder::split(std::string_view text) const {
+std::vector<AddedTokenFinder::Section> AddedTokenFinder::split(std::string_view text,
+                                                               std::string_view barred) const {
   std::vector<Section> first;
-  split(plain_, text, first);
+  split(plain_, text, barred, first);
   std::vector<Section> out;
   for (const Section& section : first) {
     if (section.id >= 0) {
       out.push_back(section);
     } else {
-      split(normalized_, section.text, out);
+      const auto begin = static_cast<size_t>(section.text.data() - text.data());
+      split(normalized_, section.text,
+            barred.empty() ? barred : barred.substr(begin, section.text.size()), out);
     }
   }
   return out;

@@ -32,8 +32,9 @@ class AddedTokenFinder {
   // Contents are not empty, of at most kMaxAddedTokenBytes bytes, and all different.
   explicit AddedTokenFinder(std::vector<AddedToken> tokens);
 
-  // Time: the text's length times the longest beginning of a token that occurs.
-  std::vector<Section> split(std::string_view text) const;
+  // Time: the text's length times the longest beginning of a token that occurs. No token is found
+  // over a byte that is not 0 in `barred`, which is as long as the text, or empty.
+  std::vector<Section> split(std::string_view text, std::string_view barred = {}) const;
 
  private:
   // A tree of bytes. The children of a node are a linked list.
@@ -50,8 +51,10 @@ class AddedTokenFinder {
     int32_t child(int32_t node, uint8_t byte) const;
   };
 
-  void split(const Tree& tree, std::string_view text, std::vector<Section>& out) const;
-  int32_t longest_match(const Tree& tree, std::string_view text, size_t at) const;
+  void split(const Tree& tree, std::string_view text, std::string_view barred,
+             std::vector<Section>& out) const;
+  int32_t longest_match(const Tree& tree, std::string_view text, std::string_view barred,
+                        size_t at) const;
 
   std::vector<AddedToken> tokens_;
   Tree plain_;

@@ -168,6 +168,23 @@ std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_t
   return std::move(context.out);
 }
 
+std::vector<int32_t> Tokenizer::encode_marked(std::string_view utf8,
+                                              std::string_view from_input) const {
+  CHECK(from_input.empty() || from_input.size() == utf8.size());
+  if (utf8.size() > kMaxTextBytes)
+    fail("the text has {} bytes, expected at most {}", utf8.size(), kMaxTextBytes);
+  if (const auto at = find_invalid_utf8(utf8)) fail("the text is not valid UTF-8 at byte {}", *at);
+  Impl::Context context(utf8.size());
+  for (const AddedTokenFinder::Section& section : impl_->added.split(utf8, from_input)) {
+    if (section.id >= 0) {
+      context.out.push_back(section.id);
+    } else {
+      impl_->encode_section(section.text, context);
+    }
+  }
+  return std::move(context.out);
+}
+
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
   std::string bytes;
   for (const int32_t id : ids) {

@@ -34,6 +34,10 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view utf8, bool add_special_tokens,
                               bool parse_special) const;
 
+  // With parse_special, except that an added token is found only where no byte is from input.
+  // `from_input` has a byte for each byte of the text, not 0 where it is; empty: nothing is.
+  std::vector<int32_t> encode_marked(std::string_view utf8, std::string_view from_input) const;
+
   // Valid UTF-8: bytes that are not, as when tokens were cut inside a character, become U+FFFD. Ids
   // without a token (a model's vocabulary is often padded) stand for no text. skip_special leaves
   // out special tokens.

@@ -3,6 +3,8 @@
 #include "train/trainer.h"
 
 //
+#include <signal.h>
+
 #include <CLI/CLI.hpp>
 
 #include "base/log.h"
@@ -183,6 +185,7 @@ int run_program(int argc, char** argv) {
 }  // namespace indexcache
 
 int main(int argc, char** argv) {
+  signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is an error of the write
   try {
     return indexcache::run_program(argc, argv);
   } catch (const c10::Error& error) {

@@ -3,6 +3,8 @@
 
 //
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include <filesystem>
@@ -178,6 +180,29 @@ TEST_F(Trainer, ResumeSeesWhatAnUninterruptedRunSaw) {
     EXPECT_EQ(losses(cut), losses(whole)) << "stage " << static_cast<int>(stage);
     EXPECT_EQ(losses(cut).size(), 12u);
   }
+}
+
+// The size that a file may have is limited, so that writing over it fails half-way.
+TEST_F(Trainer, AFullDiskKeepsTheLastGoodCheckpoint) {
+  TrainOptions o = options(Stage::kPretrain, "pretrained");
+  train(o);
+  o.out = path("cut");
+  o.stop_after_seconds = 1e-9;  // after the first step
+  EXPECT_NE(train(o), TrainResult::kDone);
+  o.stop_after_seconds = 0;
+  o.resume = true;
+  const auto old_handler = signal(SIGXFSZ, SIG_IGN);
+  rlimit old;
+  getrlimit(RLIMIT_FSIZE, &old);
+  const rlimit small = {1 << 16, old.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  const std::string error = error_of(o);
+  setrlimit(RLIMIT_FSIZE, &old);
+  signal(SIGXFSZ, old_handler);
+  EXPECT_NE(error.find("File too large"), std::string::npos) << error;
+  EXPECT_NE(error.find("cut"), std::string::npos) << error;
+  ASSERT_EQ(train(o), TrainResult::kDone);
+  EXPECT_EQ(losses("cut"), losses("pretrained"));
 }
 
 TEST_F(Trainer, FrozenBackboneGivesAnAdapter) {

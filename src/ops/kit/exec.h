@@ -49,6 +49,8 @@ struct Exec {
   ThreadPool pool;  // with a GPU for what the host does beside it
   Profile* profile = nullptr;
   std::map<std::string, std::string> forced;  // op name -> implementation name ("--force op=name")
+  // A row of an op's result has the same bits whatever other rows the call has.
+  bool batch_invariant = false;
 
   CudaStream& cuda() {
     CHECK(cuda_ != nullptr);

@@ -66,7 +66,9 @@ Cost matmul_cost(const MatmulArgs& args) {
   return cost;
 }
 
-void matmul(Exec& exec, const MatmulArgs& args) {
+void matmul(Exec& exec, const MatmulArgs& args_in) {
+  MatmulArgs args = args_in;
+  args.batch_invariant = exec.batch_invariant;
   for (const MatmulGroup& group : args.groups) check_group(group);
   run_op(exec, "matmul", kMatmulImpls, args, exec.profile != nullptr ? matmul_cost(args) : Cost{});
 }

@@ -14,8 +14,9 @@
 // roundings of the partial sums, one of each product), evaluated on the operands after rounding.
 // With `accumulate` y counts as one more product. With `Compute::kBF16`, operands that are
 // subnormal in bf16 may count as zero. Edge cases: m = 0 writes nothing; k = 0 writes zeros (or
-// leaves y with `accumulate`); NaN and infinity propagate. Cost: 2 m n k flops; m k + n k + m n
-// elements.
+// leaves y with `accumulate`); NaN and infinity propagate. With Exec::batch_invariant a row of y
+// depends on its row of x alone, bit for bit, and not on m or the other groups. Cost: 2 m n k
+// flops; m k + n k + m n elements.
 #pragma once
 
 #include <span>
@@ -50,6 +51,7 @@ struct MatmulArgs {
   std::span<const MatmulGroup> groups;
   Compute compute = Compute::kF32;
   bool accumulate = false;
+  bool batch_invariant = false;  // set by matmul() from Exec
 };
 
 void matmul(Exec& exec, const MatmulArgs& args);

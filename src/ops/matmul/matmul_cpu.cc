@@ -1,5 +1,6 @@
 // The vector kernels of matmul. Many rows of x: 12 rows of w by 2 panels of x, lanes are rows of x.
 // Few: 4 rows of w by up to 4 rows of x, lanes along k. (With AVX2: 6 by 2 panels, 2 by 4.)
+// Few, with the bits of many: up to 8 (4) rows of x, lanes are rows of w.
 #include "ops/kit/vec.h"
 #include "ops/matmul/matmul_kernels.h"
 
@@ -528,6 +529,127 @@ void small_rows(const MatmulRowsArgs& args) {
   });
 }
 
+constexpr int kOrderedM = kLanes == 16 ? 8 : 4;
+
+// Rows of w in words, and where their products with packed rows of x go.
+struct OrderedTile {
+  const uint8_t* w;
+  int64_t row_bytes;
+  int64_t num_rows;  // at most kLanes
+  int64_t k;         // elements of `type`
+  int64_t num_words;
+  const float* x;
+  int64_t x_stride;
+  float* y;  // column of the first row
+  int64_t ldy;
+  bool accumulate;
+};
+
+// The rows of w by rows [m, m + kM) of x. The lanes are the rows of w, transposed in registers.
+template <WeightType kType, Words kWords, int kM>
+void multiply_ordered(const OrderedTile& tile, int64_t m) {
+  constexpr int64_t kStep = kElements<kWords>;
+  constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+  const float* x = tile.x + m * tile.x_stride;
+  Vec sum[kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) sum[j] = vec_zero();
+  for (int64_t i = 0, word = 0; i < tile.k; i += kStep, word += kLanes, x += kLanes) {
+    Vec words[kLanes];
+    if (tile.num_rows == kLanes && i + kStep <= tile.k) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const uint8_t* p = tile.w + r * tile.row_bytes + i * kBytes;
+        words[r] = load_words<kType, kWords>(p, vec_zero());
+        __builtin_prefetch(p + kLanes * tile.row_bytes, 0, 2);  // the next tile's row
+      }
+    } else {
+      const int64_t count = tile.k - i < kStep ? tile.k - i : kStep;
+      for (int r = 0; r < kLanes; ++r) {
+        const uint8_t* p = tile.w + r * tile.row_bytes + i * kBytes;
+        words[r] =
+            r < tile.num_rows ? load_last_words<kType, kWords>(p, count, vec_zero()) : vec_zero();
+      }
+    }
+    transpose(words);
+    const auto add_word = [&](int u) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kM; ++j)
+        sum[j] = multiply_add<kWords>(words[u], vec_set(x[j * tile.x_stride + u]), sum[j]);
+    };
+    // No word more than panel_rows adds: +0 would turn a sum of -0.
+    if (tile.num_words - word >= kLanes) {
+#pragma GCC unroll 16
+      for (int u = 0; u < kLanes; ++u) add_word(u);
+    } else {
+      for (int u = 0; u < tile.num_words - word; ++u) add_word(u);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    float* y = tile.y + (m + j) * tile.ldy;
+    const int64_t n = tile.num_rows;
+    if (n == kLanes) {
+      vec_store(y, tile.accumulate ? vec_add(vec_load(y), sum[j]) : sum[j]);
+    } else {
+      store_first(y, tile.accumulate ? vec_add(load_first(y, n), sum[j]) : sum[j], n);
+    }
+  }
+}
+
+template <WeightType kType, Words kWords>
+INDEXCACHE_INLINE void multiply_ordered_all(const OrderedTile& tile, int64_t num_m) {
+  int64_t m = 0;
+  for (; m + kOrderedM <= num_m; m += kOrderedM)
+    multiply_ordered<kType, kWords, kOrderedM>(tile, m);
+  for (; m + 2 <= num_m; m += 2) multiply_ordered<kType, kWords, 2>(tile, m);
+  if (m < num_m) multiply_ordered<kType, kWords, 1>(tile, m);
+}
+
+int64_t ordered_scratch_bytes(int64_t k) {
+  return kLanes * round_up(k, kLanes) * static_cast<int64_t>(sizeof(float));
+}
+
+void ordered_rows(const MatmulRowsArgs& args) {
+  with_words(args.type, args.bf16, [&]<WeightType kType, Words kWords>() {
+    constexpr int64_t kBytes = kWeightBytes[static_cast<int>(kType)];
+    constexpr WeightType kWordType =
+        kWords == Words::kBF16Pair ? WeightType::kBF16 : WeightType::kF32;
+    constexpr Words kReady = kWords == Words::kBF16Pair ? kWords : Words::kF32;
+    const int64_t num_words = words_of(args.k, args.bf16);
+    OrderedTile tile;
+    tile.num_words = num_words;
+    tile.x = args.x;
+    tile.x_stride = round_up(num_words, kLanes);
+    tile.ldy = args.ldy;
+    tile.accumulate = args.accumulate;
+    for (int64_t row = args.row_begin; row < args.row_end; row += kLanes) {
+      const uint8_t* w = args.w + row * args.k * kBytes;
+      tile.num_rows = args.row_end - row < kLanes ? args.row_end - row : kLanes;
+      tile.y = args.y + row;
+      if constexpr (kType == kWordType && kWords == kReady) {
+        tile.w = w;
+        tile.row_bytes = args.k * kBytes;
+        tile.k = args.k;
+      } else {
+        auto* const words = reinterpret_cast<float*>(args.scratch);
+        const float* scale = nullptr;
+        if constexpr (kType == WeightType::kF8E4M3) {
+          scale = args.scale_inv + row / kScaleBlock * ((args.k + kScaleBlock - 1) / kScaleBlock);
+        }
+        for (int64_t r = 0; r < tile.num_rows; ++r) {
+          row_to_words<kType, kWords>(w + r * args.k * kBytes, args.k, scale,
+                                      words + r * tile.x_stride);
+        }
+        tile.w = args.scratch;
+        tile.row_bytes = tile.x_stride * static_cast<int64_t>(sizeof(float));
+        tile.k = tile.x_stride * (kWords == Words::kBF16Pair ? 2 : 1);
+      }
+      multiply_ordered_all<kWordType, kReady>(tile, args.m);
+    }
+  });
+}
+
 }  // namespace
 
 extern const MatmulKernels kMatmulKernels = {
@@ -542,6 +664,9 @@ extern const MatmulKernels kMatmulKernels = {
     .panel_scratch_bytes = panel_scratch_bytes,
     .small_rows = small_rows,
     .small_scratch_bytes = small_scratch_bytes,
+    .ordered_rows = ordered_rows,
+    .ordered_scratch_bytes = ordered_scratch_bytes,
+    .max_ordered_m = kOrderedM,
 };
 
 }  // namespace INDEXCACHE_ISA

@@ -36,7 +36,7 @@ struct MatmulRowsArgs {
   float* y = nullptr;  // [m, n], row stride ldy
   int64_t ldy = 0;
   bool accumulate = false;
-  uint8_t* scratch = nullptr;  // `panel_scratch_bytes` or `small_scratch_bytes` of it
+  uint8_t* scratch = nullptr;  // as many bytes as the kernel asks for
 };
 
 struct MatmulKernels {
@@ -57,6 +57,11 @@ struct MatmulKernels {
   // x is packed rows. w is read once, where it lies.
   void (*small_rows)(const MatmulRowsArgs& args);
   int64_t (*small_scratch_bytes)(int64_t k);
+  // The bits of panel_rows from packed rows: each sum is made word after word, whereas small_rows
+  // makes one sum a lane. Items must begin at multiples of `lanes`.
+  void (*ordered_rows)(const MatmulRowsArgs& args);
+  int64_t (*ordered_scratch_bytes)(int64_t k);
+  int64_t max_ordered_m;  // up to here ordered_rows is faster than panel_rows
 };
 
 #define INDEXCACHE_DECLARE(isa, feature)     \

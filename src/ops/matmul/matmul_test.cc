@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -448,6 +449,56 @@ TEST(Matmul, LargeProducts) {
                            fmt::format("{} {} k={} {}", name, dtype_name(dtype), k,
                                        compute == Compute::kF32 ? "f32" : "bf16"));
               if (HasFatalFailure()) return;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Every row of a batch, of odd shapes and of more groups, has the bits that it has alone.
+TEST(Matmul, BatchInvariantRowsDependOnNothingElse) {
+  Rng rng(kSeed + 5);
+  constexpr int64_t kMostM = 70;
+  for (const DType dtype : kWeightTypes) {
+    for (const int64_t n : {5, 29, 144}) {
+      for (const int64_t k : {1, 33, 64, 130, 700}) {
+        const auto weight = random_weight(rng, dtype, n, k),
+                   other = random_weight(rng, dtype, n, k);
+        const std::vector<float> x = random_floats(rng, kMostM * k),
+                                 start = random_floats(rng, kMostM * n);
+        for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+          for (const bool accumulate : {false, true}) {
+            // The last m rows, so that a row's place differs too.
+            const auto rows_of = [&](const char* name, int64_t m) {
+              std::vector<float> y = start, other_y = start;
+              Exec exec(2);
+              exec.forced["matmul"] = name;
+              exec.batch_invariant = true;
+              const int64_t skip = kMostM - m;
+              const MatmulGroup groups[] = {
+                  {x.data(), k, m, other->w, other_y.data(), n},
+                  {x.data() + skip * k, k, m, weight->w, y.data() + skip * n, n}};
+              matmul(exec, {std::span(groups).last(m % 2 == 0 ? 2 : 1), compute, accumulate});
+              return y;
+            };
+            for (const char* name : {"avx512bf16", "avx512", "avx2", "ref"}) {
+              const std::vector<const char*> supported = implementations({{}, compute});
+              if (std::string_view(name) != "ref" &&
+                  std::find(supported.begin(), supported.end(), std::string_view(name)) ==
+                      supported.end())
+                continue;
+              const std::vector<float> all = rows_of(name, kMostM);
+              for (const int64_t m : {1, 2, 3, 7, 8, 9, 16, 17, 33, 64}) {
+                const std::vector<float> some = rows_of(name, m);
+                ASSERT_EQ(std::memcmp(some.data() + (kMostM - m) * n, all.data() + (kMostM - m) * n,
+                                      static_cast<size_t>(m * n) * sizeof(float)),
+                          0)
+                    << name << " " << dtype_name(dtype)
+                    << (compute == Compute::kBF16 ? " bf16" : "")
+                    << (accumulate ? " accumulate" : "") << " n " << n << " k " << k << " m " << m;
+              }
             }
           }
         }

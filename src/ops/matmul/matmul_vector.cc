@@ -3,7 +3,8 @@
 // A group with few rows of x is bound by reading w: each item streams some rows of w once, against
 // all rows of x. A group with many is bound by arithmetic: x is packed once into panels, and an
 // item multiplies a block of rows of w by the panels of a block of tokens. Items depend on shapes
-// only, never on the number of threads.
+// only, never on the number of threads. The two add in different orders; with `batch_invariant` a
+// few rows go through a third kernel, which adds like the panels.
 #include <algorithm>
 #include <vector>
 
@@ -26,7 +27,7 @@ constexpr int64_t kSerialPackElements = 16384;
 // One x that is packed, for one or several groups in a row.
 struct PackedX {
   const MatmulGroup* group = nullptr;
-  bool small = false;
+  bool small = false;      // rows, not panels
   int64_t num_blocks = 0;  // that can be packed at the same time: panels, or rows of x
   int64_t block_words = 0;
   int64_t offset = 0;       // of the first block, in words
@@ -62,17 +63,20 @@ WeightType weight_type(DType dtype) {
   }
 }
 
-void plan_packing(const MatmulKernels& kernels, const MatmulGroup& group, bool bf16, Plan& plan) {
+void plan_packing(const MatmulKernels& kernels, const MatmulGroup& group, const MatmulArgs& args,
+                  Plan& plan) {
   if (!plan.packed.empty()) {
     const MatmulGroup& last = *plan.packed.back().group;
     if (last.x == group.x && last.ldx == group.ldx && last.m == group.m &&
         last.w.cols == group.w.cols)
       return;
   }
-  const int64_t k_words = bf16 && kernels.has_dot ? ceil_div(group.w.cols, 2) : group.w.cols;
+  const bool pairs = args.compute == Compute::kBF16 && kernels.has_dot;
+  const int64_t k_words = pairs ? ceil_div(group.w.cols, 2) : group.w.cols;
+  const int64_t max_small_m = args.batch_invariant ? kernels.max_ordered_m : kernels.max_small_m;
   PackedX packed;
   packed.group = &group;
-  packed.small = group.m <= kernels.max_small_m || group.w.cols == 0;
+  packed.small = group.m <= max_small_m || group.w.cols == 0;
   packed.num_blocks = packed.small ? group.m : ceil_div(group.m, kernels.lanes);
   packed.block_words = packed.small ? round_up(k_words, kernels.lanes) : k_words * kernels.lanes;
   packed.offset = plan.num_words;
@@ -83,15 +87,19 @@ void plan_packing(const MatmulKernels& kernels, const MatmulGroup& group, bool b
   plan.num_elements += group.m * group.w.cols;
 }
 
-void plan_items(const MatmulKernels& kernels, const MatmulGroup& group, Plan& plan) {
+void plan_items(const MatmulKernels& kernels, const MatmulGroup& group, const MatmulArgs& args,
+                Plan& plan) {
   const bool small = plan.packed.back().small;
   int64_t item_rows;
   int64_t item_tokens = group.m;
   if (small) {
     const int64_t row_bytes = std::max<int64_t>(1, group.w.cols * dtype_bytes(group.w.dtype));
     const int64_t row_cost = row_bytes * std::max<int64_t>(1, group.m / kReadBoundM);
-    item_rows = round_up(std::max<int64_t>(1, kSmallItemBytes / row_cost), kernels.small_tile_rows);
-    plan.scratch_bytes = std::max(plan.scratch_bytes, kernels.small_scratch_bytes(group.w.cols));
+    item_rows = round_up(std::max<int64_t>(1, kSmallItemBytes / row_cost),
+                         args.batch_invariant ? kernels.lanes : kernels.small_tile_rows);
+    const auto scratch_bytes =
+        args.batch_invariant ? kernels.ordered_scratch_bytes : kernels.small_scratch_bytes;
+    plan.scratch_bytes = std::max(plan.scratch_bytes, scratch_bytes(group.w.cols));
   } else {
     item_tokens = std::min(group.m, kItemTokens);
     const int64_t tile_flops = 2 * kernels.tile_rows * item_tokens * group.w.cols;
@@ -156,7 +164,8 @@ void run_item(const MatmulKernels& kernels, const PackedX& packed, const Item& i
   rows.ldy = group.ldy;
   rows.accumulate = args.accumulate;
   rows.scratch = scratch;
-  (packed.small ? kernels.small_rows : kernels.panel_rows)(rows);
+  const auto small_rows = args.batch_invariant ? kernels.ordered_rows : kernels.small_rows;
+  (packed.small ? small_rows : kernels.panel_rows)(rows);
 }
 
 }  // namespace
@@ -166,8 +175,8 @@ void matmul_vector(const MatmulKernels& kernels, Exec& exec, const MatmulArgs& a
   Plan plan;
   for (const MatmulGroup& group : args.groups) {
     if (group.m == 0 || group.w.rows == 0) continue;
-    plan_packing(kernels, group, bf16, plan);
-    plan_items(kernels, group, plan);
+    plan_packing(kernels, group, args, plan);
+    plan_items(kernels, group, args, plan);
   }
   auto* const words = reinterpret_cast<float*>(
       exec.shared_scratch(static_cast<size_t>(plan.num_words) * sizeof(float)));

@@ -37,7 +37,8 @@ void run_kernel(Exec& exec, const SparseMlaArgs& args, const Kernel& kernel) {
   const int64_t heads = args.num_heads;
   const size_t scratch_bytes =
       kernel.scratch_bytes(heads, args.value_dim, args.rows.row_elements, bf16);
-  const int64_t span_length = choose_span(num_tokens, args.k);
+  // Whole selections are the one split that is the same for every number of tokens.
+  const int64_t span_length = exec.batch_invariant ? args.k : choose_span(num_tokens, args.k);
   const int64_t spans_per_token = ceil_div(args.k, span_length);
   const bool split = spans_per_token > 1;
   // Of each span: out [heads, value_dim], max [heads], sum [heads].

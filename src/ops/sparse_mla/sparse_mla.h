@@ -31,7 +31,8 @@
 //
 // Determinism. The same arguments give the same bits with any number of threads. How a token's
 // selection is split depends on the number of tokens in the call, so a batch equals its tokens one
-// by one within twice the tolerance.
+// by one within twice the tolerance. With Exec::batch_invariant nothing is split, and a batch
+// equals its tokens bit for bit; a few tokens then keep only as many threads busy.
 //
 // Cost. 2 H (row_elements + value_dim) flops and one row for each selected (query, token) pair.
 #pragma once

@@ -1,0 +1,263 @@
+// The parts that need no network: keys, stop strings, answers in the making, requests.
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "base/rng.h"
+#include "server/auth.h"
+#include "server/server_test_kit.h"
+
+namespace indexcache {
+namespace {
+
+TEST(Auth, ComparesWholeKeys) {
+  EXPECT_TRUE(equal_in_constant_time("secret", "secret"));
+  for (const char* wrong : {"", "s", "secre", "secrets", "Secret", "secretsecret"})
+    EXPECT_FALSE(equal_in_constant_time(wrong, "secret")) << wrong;
+  EXPECT_FALSE(equal_in_constant_time("x", ""));
+}
+
+TEST(Auth, OnlyExactPublicPathsAreOpen) {
+  const std::vector<std::string> keys = {"one", "two"};
+  for (const char* path : {"/health", "/"}) EXPECT_TRUE(is_authorized(path, "", keys)) << path;
+  for (const char* path :
+       {"/metrics", "/v1/models", "/health/", "//health", "/HEALTH", "/health/../metrics",
+        "/%68ealth", "health", "", "/v1/../health", "*", "http://localhost/health", "/health;x"}) {
+    EXPECT_FALSE(is_authorized(path, "", keys)) << path;
+    EXPECT_FALSE(is_authorized(path, "Bearer on", keys)) << path;
+    EXPECT_FALSE(is_authorized(path, "Bearer onee", keys)) << path;
+    EXPECT_FALSE(is_authorized(path, "Basic one", keys)) << path;
+    EXPECT_FALSE(is_authorized(path, "Bearer", keys)) << path;
+    EXPECT_TRUE(is_authorized(path, "Bearer two", keys)) << path;
+    EXPECT_TRUE(is_authorized(path, "bEARER one", keys)) << path;
+  }
+  EXPECT_TRUE(is_authorized("/metrics", "", {}));
+}
+
+TEST(Auth, LoopbackHosts) {
+  for (const char* host :
+       {"localhost", "localhost:8080", "127.0.0.1:1", "127.1.2.3", "[::1]", "[::1]:80"})
+    EXPECT_TRUE(is_loopback_host(host)) << host;
+  for (const char* host : {"", "example.com", "localhost.example.com", "127.0.0.1.example.com:80",
+                           "[::2]", "[::1", "0.0.0.0"})
+    EXPECT_FALSE(is_loopback_host(host)) << host;
+}
+
+// However a text is cut into pieces, what comes out is the text up to the first stop string, and
+// nothing of the stop string comes out early.
+TEST(StopStrings, SameForEveryCut) {
+  const uint64_t seed = 7;
+  Rng rng(seed);
+  for (int round = 0; round < 3000; ++round) {
+    const auto random_text = [&](size_t max) {
+      std::string text(1 + rng.below(max), 'a');
+      for (char& c : text) c = static_cast<char>('a' + rng.below(2));
+      return text;
+    };
+    std::vector<std::string> stops;
+    for (uint64_t n = 1 + rng.below(3); n > 0; --n) stops.push_back(random_text(4) + "b");
+    const std::string text = random_text(40);
+    // A stop is seen when its last byte comes; of those seen together the first to begin wins.
+    std::string expected = text;
+    bool stopped = false;
+    for (size_t end = 1; end <= text.size() && !stopped; ++end) {
+      size_t begin = text.size();
+      for (const std::string& stop : stops)
+        if (const size_t at = text.substr(0, end).find(stop); at != text.npos) {
+          begin = std::min(begin, at);
+          stopped = true;
+        }
+      if (stopped) expected = text.substr(0, begin);
+    }
+    StopStrings one_by_one(stops);
+    std::string out;
+    for (const char c : text) {
+      out += one_by_one.push(std::string(1, c));
+      ASSERT_TRUE(expected.starts_with(out)) << text << " seed " << seed;
+    }
+    EXPECT_EQ(one_by_one.stopped(), stopped);
+    out += one_by_one.finish();
+    EXPECT_EQ(out, expected) << text << " seed " << seed;
+  }
+}
+
+CompletionRequest completion(const std::string& body) {
+  static const auto model = byte_model(nullptr);
+  return parse_completion(parse_body(body, {}), *model, {});
+}
+CompletionRequest chat(const std::string& body) {
+  static const auto model = byte_model(nullptr);
+  return parse_chat(parse_body(body, {}), *model, {}, 0);
+}
+
+template <class Parse>
+void expect_refused(Parse parse, const std::string& body, int status, const std::string& param) {
+  try {
+    parse(body);
+    ADD_FAILURE() << "taken: " << body.substr(0, 200);
+  } catch (const ApiError& error) {
+    EXPECT_EQ(error.status, status) << body.substr(0, 200);
+    EXPECT_EQ(error.param, param) << body.substr(0, 200) << "\n" << error.what();
+    EXPECT_STRNE(error.what(), "");
+    EXPECT_LT(std::strlen(error.what()), 1000u);
+  }
+}
+
+TEST(ApiRequest, RefusesBodies) {
+  for (const std::string& body :
+       {std::string(""), std::string("nothing"), std::string("{\"prompt\": 1"), std::string("{} x"),
+        std::string("{\"prompt\": NaN}"), std::string("{\"prompt\": 1e999}"),
+        std::string("{\"prompt\": \"a\", \"prompt\": \"b\"}"), std::string("[1, 2]"),
+        std::string("\"text\""), std::string("{\"prompt\": \"\xff\"}"),
+        std::string("{\"prompt\": \"\\ud800\"}"),
+        "{\"x\": " + std::string(3000, '[') + std::string(3000, ']') + "}",
+        "{\"x\": " + std::string(60000, '['), std::string("{}\0", 3),
+        std::string("\xEF\xBB\xBF{}")}) {
+    expect_refused(completion, body, 400, "");
+    expect_refused(chat, body, 400, "");
+  }
+}
+
+TEST(ApiRequest, RefusesFieldsByName) {
+  const auto with = [](const std::string& field) { return "{\"prompt\": \"ab\", " + field + "}"; };
+  const std::pair<const char*, const char*> cases[] = {
+      {"\"temperature\": -1", "temperature"},
+      {"\"temperature\": 2.1", "temperature"},
+      {"\"temperature\": \"hot\"", "temperature"},
+      {"\"top_p\": 0", "top_p"},
+      {"\"top_p\": 1.1", "top_p"},
+      {"\"min_p\": -0.1", "min_p"},
+      {"\"top_k\": -2", "top_k"},
+      {"\"n\": 0", "n"},
+      {"\"n\": 129", "n"},
+      {"\"n\": 2147483648", "n"},
+      {"\"n\": 1.5", "n"},
+      {"\"max_tokens\": -1", "max_tokens"},
+      {"\"max_tokens\": 0", "max_tokens"},
+      {"\"max_tokens\": 9223372036854775808", "max_tokens"},
+      {"\"max_tokens\": \"5\"", "max_tokens"},
+      {"\"seed\": 9223372036854775808", "seed"},
+      {"\"seed\": 0.5", "seed"},
+      {"\"logprobs\": 21", "logprobs"},
+      {"\"logprobs\": -1", "logprobs"},
+      {"\"logprobs\": true", "logprobs"},
+      {"\"stop\": \"\"", "stop"},
+      {"\"stop\": [\"a\", 1]", "stop"},
+      {"\"stop\": 5", "stop"},
+      {"\"echo\": 1", "echo"},
+      {"\"stream\": \"yes\"", "stream"},
+      {"\"stream_options\": {\"include_usage\": true}", "stream_options"},
+      {"\"stream\": true, \"stream_options\": {\"x\": 1}", "x"},
+      {"\"best_of\": 3", "best_of"},
+      {"\"suffix\": \"x\"", "suffix"},
+      {"\"logit_bias\": {\"5\": 1}", "logit_bias"},
+      {"\"frequency_penalty\": 0.5", "frequency_penalty"},
+      {"\"presence_penalty\": -2", "presence_penalty"},
+      {"\"stop_token_ids\": [260]", "stop_token_ids"},
+      {"\"n_discard\": -5", "n_discard"},
+      {"\"id_slot\": -1", "id_slot"},
+      {"\"stpo\": \"x\"", "stpo"},
+  };
+  for (const auto& [field, param] : cases) expect_refused(completion, with(field), 400, param);
+  expect_refused(completion, with("\"model\": \"other\""), 404, "model");
+  std::string stops = "\"stop\": [";
+  for (int i = 0; i < 17; ++i) stops += std::string(i ? "," : "") + "\"a\"";
+  expect_refused(completion, with(stops + "]"), 400, "stop");
+  expect_refused(completion, with("\"stop\": \"" + std::string(1 << 20, 'x') + "\""), 400, "stop");
+  for (const char* prompt : {"[]", "5", "{}", "\"\"", "[-1]", "[260]", "[4294967296]", "[1.0]",
+                             "[[]]", "[1, \"a\"]", "[\"a\", 1]", "[[1], [true]]", "null"})
+    expect_refused(completion, std::string("{\"prompt\": ") + prompt + "}", 400, "prompt");
+  expect_refused(completion, "{}", 400, "prompt");
+}
+
+TEST(ApiRequest, RefusesMessagesByPlace) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"[]", "messages"},
+      {"5", "messages"},
+      {"[5]", "messages[0]"},
+      {R"([{"content": "a"}])", "messages[0].role"},
+      {R"([{"role": "king", "content": "a"}])", "messages[0].role"},
+      {R"([{"role": "user\n", "content": "a"}])", "messages[0].role"},
+      {R"([{"role": "user"}])", "messages[0].content"},
+      {R"([{"role": "user", "content": null}])", "messages[0].content"},
+      {R"([{"role": "user", "content": 5}])", "messages[0].content"},
+      {R"([{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}])",
+       "messages[1].content"},
+      {R"([{"role": "assistant", "content": "", "tool_calls": [{}]}])", "messages[0].tool_calls"},
+  };
+  for (const auto& [messages, param] : cases)
+    expect_refused(chat, std::string("{\"messages\": ") + messages + "}", 400, param);
+  const std::string good = R"("messages": [{"role": "user", "content": "abc"}])";
+  const std::pair<const char*, const char*> fields[] = {
+      {"\"response_format\": {\"type\": \"json_object\"}", "response_format"},
+      {"\"response_format\": {\"type\": \"json_schema\", \"json_schema\": {\"$ref\": \"#\"}}",
+       "response_format"},
+      {"\"tools\": [{}]", "tools"},
+      {"\"tool_choice\": \"auto\"", "tool_choice"},
+      {"\"top_logprobs\": 2", "top_logprobs"},
+      {"\"logprobs\": true, \"top_logprobs\": 21", "top_logprobs"},
+      {"\"max_completion_tokens\": 0", "max_completion_tokens"},
+      {"\"prompt\": \"x\"", "prompt"},
+  };
+  for (const auto& [field, param] : fields)
+    expect_refused(chat, "{" + good + ", " + field + "}", 400, param);
+  EXPECT_EQ(chat("{" + good + ", \"response_format\": {\"type\": \"text\"}, \"tools\": []}")
+                .prompts[0]
+                .size(),
+            3u);
+}
+
+TEST(ApiRequest, ContextErrorsGiveBothNumbers) {
+  try {
+    completion("{\"prompt\": \"" + std::string(4090, 'a') + "\", \"max_tokens\": 10}");
+    ADD_FAILURE();
+  } catch (const ApiError& error) {
+    EXPECT_EQ(error.code, "context_length_exceeded");
+    for (const char* number : {"4096", "4090", "4100"})
+      EXPECT_NE(std::string(error.what()).find(number), std::string::npos) << error.what();
+  }
+  EXPECT_EQ(completion("{\"prompt\": \"" + std::string(4090, 'a') + "\", \"max_tokens\": 6}")
+                .prompts[0]
+                .size(),
+            4090u);
+}
+
+TEST(Choice, NeverSplitsACharacterAndKeepsLogprobsInStep) {
+  const auto model = byte_model(nullptr);
+  CompletionRequest request = completion(R"({"prompt": "x", "logprobs": 1, "stop": ["END"]})");
+  Choice choice(*model, request, request.prompts[0]);
+  const std::string text = "a\xC3\xA9\xF0\x9F\x98\x80 E EN\xE4\xBD\xA0 END more";
+  std::string out;
+  size_t logprobs = 0;
+  const auto take = [&](const Choice::Piece& piece) {
+    EXPECT_FALSE(find_invalid_utf8(piece.text));
+    out += piece.text;
+    if (!piece.logprobs.is_null()) logprobs += piece.logprobs["tokens"].size();
+  };
+  for (const char c : text) {
+    const auto token = static_cast<int32_t>(static_cast<uint8_t>(c));
+    take(choice.token(token, TokenLogprob{token, -1, 0, {{token, -1}}}));
+    if (choice.stopped()) break;
+  }
+  take(choice.finish());
+  EXPECT_TRUE(choice.stopped());
+  EXPECT_EQ(out, text.substr(0, text.find("END")));
+  EXPECT_EQ(logprobs, out.size());  // a token is a byte here
+}
+
+TEST(Metrics, CountsInBuckets) {
+  Metrics metrics;
+  metrics.add_response(200);
+  metrics.add_finished({"stop", 0.015, 0.5, 10, 3, {0.02, 0.2}});
+  const std::string text = metrics.text({}, "a\"b\\c\nd", "FFSS");
+  for (const char* line :
+       {"vllm:time_to_first_token_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.01\"} 0\n",
+        "vllm:time_to_first_token_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.02\"} 1\n",
+        "vllm:inter_token_latency_seconds_count{model_name=\"a\\\"b\\\\c\\nd\"} 2\n",
+        "indexcache_num_full_layers{model_name=\"a\\\"b\\\\c\\nd\"} 2\n", "plan=\"FFSS\"} 1\n"}) {
+    EXPECT_NE(text.find(line), std::string::npos) << line << text;
+  }
+}
+
+}  // namespace
+}  // namespace indexcache
