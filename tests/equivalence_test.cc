@@ -8,6 +8,7 @@
 
 #include "device/cpu_features.h"
 #include "model/synthetic.h"
+#include "ops/kit/test_device.h"
 #include "tests/golden.h"
 
 namespace indexcache {
@@ -55,9 +56,21 @@ std::vector<int32_t> random_tokens(uint64_t seed, int count = kTokens) {
   return tokens;
 }
 
-RunOptions small_options() {
-  return {.num_threads = 2, .context = 1024, .compute = ComputeChoice::kF32};
-}
+// Every device of this machine.
+class Equivalence : public testing::TestWithParam<Device> {
+ protected:
+  void SetUp() override {
+    if (!can_run(GetParam())) GTEST_SKIP() << "no GPU";
+  }
+
+  RunOptions small_options() const {
+    return {
+        .device = GetParam(), .num_threads = 2, .context = 1024, .compute = ComputeChoice::kF32};
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Devices, Equivalence, testing::Values(Device::kCpu, Device::kCuda),
+                         [](const auto& param) { return device_name(param.param); });
 
 Trace trace_of(const ModelSource& source, const RunOptions& options,
                std::span<const int32_t> tokens) {
@@ -73,7 +86,7 @@ void expect_close(const Trace& a, const Trace& b) {
   EXPECT_EQ(a.positions, b.positions);
 }
 
-TEST(Equivalence, ChunkedPrefillIsOnePrefill) {
+TEST_P(Equivalence, ChunkedPrefillIsOnePrefill) {
   const ModelSource source = small_source("FFSFS");
   const std::vector<int32_t> tokens = random_tokens(1);
   RunOptions options = small_options();
@@ -87,7 +100,7 @@ TEST(Equivalence, ChunkedPrefillIsOnePrefill) {
 
 // A ragged batch: sequences of different lengths at different depths, some in prefill and some
 // decoding, in one pass.
-TEST(Equivalence, BatchOfSequencesIsTheSequencesAlone) {
+TEST_P(Equivalence, BatchOfSequencesIsTheSequencesAlone) {
   const ModelSource source = small_source("FSFFS");
   Engine engine(source, small_options());
   const int64_t vocab = source.config.vocab_size;
@@ -128,7 +141,7 @@ TEST(Equivalence, BatchOfSequencesIsTheSequencesAlone) {
   }
 }
 
-TEST(Equivalence, AllFullPlanIsPlainDsaBitForBit) {
+TEST_P(Equivalence, AllFullPlanIsPlainDsaBitForBit) {
   const ModelSource source = small_source();
   const std::vector<int32_t> tokens = random_tokens(7);
   const Trace plain = trace_of(source, small_options(), tokens);
@@ -143,7 +156,7 @@ TEST(Equivalence, AllFullPlanIsPlainDsaBitForBit) {
 
 // What sharing means: layer l under the plan is layer l run in full and then made to use its
 // source's selection.
-TEST(Equivalence, SharedLayerIsFullLayerForcedToTheSameSelection) {
+TEST_P(Equivalence, SharedLayerIsFullLayerForcedToTheSameSelection) {
   const ModelSource source = small_source();
   const std::vector<int32_t> tokens = random_tokens(8);
   RunOptions options = small_options();
@@ -176,7 +189,7 @@ TEST(Equivalence, SharedLayerIsFullLayerForcedToTheSameSelection) {
       << "sharing changed nothing: a weak test";
 }
 
-TEST(Equivalence, NoQuerySeesTheFuture) {
+TEST_P(Equivalence, NoQuerySeesTheFuture) {
   const ModelSource source = small_source("FFSFS");
   std::vector<int32_t> tokens = random_tokens(9);
   const Trace before = trace_of(source, small_options(), tokens);
@@ -198,7 +211,7 @@ TEST(Equivalence, NoQuerySeesTheFuture) {
   }
 }
 
-TEST(Equivalence, ThreadsChangeNoBit) {
+TEST_P(Equivalence, ThreadsChangeNoBit) {
   const ModelSource source = small_source("FFSFS");
   const std::vector<int32_t> tokens = random_tokens(10);
   for (const ComputeChoice compute : {ComputeChoice::kF32, ComputeChoice::kBF16}) {
@@ -215,7 +228,7 @@ TEST(Equivalence, ThreadsChangeNoBit) {
 
 // int8 indexer keys are read back from the cache as they were written, whatever the chunks and
 // threads.
-TEST(Equivalence, Int8IndexerKeysDoNotDependOnChunks) {
+TEST_P(Equivalence, Int8IndexerKeysDoNotDependOnChunks) {
   const ModelSource source = small_source("FFSFS");
   const std::vector<int32_t> tokens = random_tokens(14);
   RunOptions options = small_options();
@@ -232,27 +245,31 @@ TEST(Equivalence, Int8IndexerKeysDoNotDependOnChunks) {
 }
 
 // Every implementation of the heavy ops carries the whole model to the same answer.
-TEST(Equivalence, ImplementationsAgree) {
+TEST_P(Equivalence, ImplementationsAgree) {
   const ModelSource source = small_source("FFSFS");
   const std::vector<int32_t> tokens = random_tokens(11);
+  const std::vector<const char*> ops = {"matmul",   "index_select", "sparse_mla",
+                                        "rms_norm", "rope",         "silu_mul"};
   RunOptions reference = small_options();
-  for (const char* op : {"matmul", "index_select", "sparse_mla", "rms_norm", "rope", "silu_mul"}) {
-    reference.forced_ops[op] = "ref";
-  }
+  reference.device = Device::kCpu;
+  for (const char* op : ops) reference.forced_ops[op] = "ref";
   const Trace expected = trace_of(source, reference, tokens);
-  for (const char* name : {"avx512", "avx2"}) {
-    if (!(std::string(name) == "avx2" ? cpu_features().avx2 : cpu_features().avx512)) {
-      std::printf("skipped: this CPU has no %s\n", name);
+  const std::vector<const char*> names = GetParam() == Device::kCpu
+                                             ? std::vector<const char*>{"avx512", "avx2"}
+                                             : std::vector<const char*>{"cuda"};
+  for (const std::string name : names) {
+    if ((name == "avx2" && !cpu_features().avx2) || (name == "avx512" && !cpu_features().avx512)) {
+      std::printf("skipped: this CPU has no %s\n", name.c_str());
       continue;
     }
-    RunOptions options = reference;
-    for (auto& [op, implementation] : options.forced_ops) implementation = name;
+    RunOptions options = small_options();
+    for (const char* op : ops) options.forced_ops[op] = name;
     SCOPED_TRACE(name);
     expect_close(trace_of(source, options, tokens), expected);
   }
 }
 
-TEST(Equivalence, AShippedSharedPlanNeedsNoIndexerAndCannotBeWidened) {
+TEST_P(Equivalence, AShippedSharedPlanNeedsNoIndexerAndCannotBeWidened) {
   const ModelSource source = small_source("FFSFS");
   EXPECT_EQ(source.checkpoint.find("model.layers.2.self_attn.indexer.wk.weight"), nullptr);
   Engine engine(source, small_options());
@@ -267,7 +284,7 @@ TEST(Equivalence, AShippedSharedPlanNeedsNoIndexerAndCannotBeWidened) {
   }
 }
 
-TEST(Equivalence, TokensOutsideTheVocabularyAreRefusedAndNothingIsLost) {
+TEST_P(Equivalence, TokensOutsideTheVocabularyAreRefusedAndNothingIsLost) {
   const ModelSource source = small_source();
   Engine engine(source, small_options());
   SequenceCache sequence;

@@ -3,6 +3,8 @@
 
 #include "tests/golden.h"
 
+#include "ops/kit/test_device.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -13,18 +15,40 @@ namespace {
 // and above.
 constexpr double kTolerance = 1e-4;
 
-class GoldenTest : public testing::TestWithParam<std::string> {
+// A case, and the device that it runs on.
+struct GoldenParam {
+  std::string name;
+  Device device;
+};
+
+void PrintTo(const GoldenParam& param, std::ostream* out) {
+  *out << param.name << " on " << device_name(param.device);
+}
+
+class GoldenTest : public testing::TestWithParam<GoldenParam> {
  protected:
   void SetUp() override {
-    folder_ = golden_folder(GetParam());
-    if (folder_.empty()) GTEST_SKIP() << "no golden case " << GetParam() << " on this machine";
+    folder_ = golden_folder(name());
+    if (folder_.empty()) GTEST_SKIP() << "no golden case " << name() << " on this machine";
+    if (!can_run(device())) GTEST_SKIP() << "no GPU";
   }
 
   std::unique_ptr<Engine> engine(int64_t batch_tokens,
                                  ComputeChoice compute = ComputeChoice::kF32) {
     source_ = open_model(folder_);
     return std::make_unique<Engine>(
-        source_, RunOptions{.context = 512, .batch_tokens = batch_tokens, .compute = compute});
+        source_,
+        RunOptions{
+            .device = device(), .context = 512, .batch_tokens = batch_tokens, .compute = compute});
+  }
+
+  const std::string& name() const { return GetParam().name; }
+  Device device() const { return GetParam().device; }
+
+  // The emulation of a GPU takes a millisecond a token and layer.
+  std::vector<int64_t> chunk_sizes() const {
+    if (kCudaIsEmulated && device() == Device::kCuda) return {64};
+    return {512, 64, 7, 1};
   }
 
   std::string folder_;
@@ -83,7 +107,7 @@ void force_selection(const std::vector<int32_t>& expected, int64_t k, Selection 
 TEST_P(GoldenTest, MatchesTransformers) {
   const Golden golden(folder_);
   const std::vector<int32_t> tokens = golden.integers("input_ids");
-  for (const int64_t batch_tokens : {int64_t{512}, int64_t{64}, int64_t{7}, int64_t{1}}) {
+  for (const int64_t batch_tokens : chunk_sizes()) {
     SCOPED_TRACE(testing::Message() << "chunks of " << batch_tokens);
     auto e = engine(batch_tokens);
     SequenceCache sequence;
@@ -112,7 +136,7 @@ TEST_P(GoldenTest, MatchesTransformers) {
     EXPECT_EQ(differing, 0);
     EXPECT_EQ(static_cast<int>(trace.positions.size()), e->model.plan.num_full());
     std::printf("%-18s chunk %3d: logits %.1e, hidden %.1e, %d of %d selections differ\n",
-                GetParam().c_str(), static_cast<int>(batch_tokens), logits_error, hidden_error,
+                name().c_str(), static_cast<int>(batch_tokens), logits_error, hidden_error,
                 differing, rows);
   }
 }
@@ -182,7 +206,7 @@ TEST_P(GoldenTest, Bf16DriftIsStated) {
   std::printf(
       "%-18s bf16: logits %.2e (%.2e with float32 selections), after %d dense layers %.1e, overlap "
       "of selections %.3f\n",
-      GetParam().c_str(), relative_error(own.logits, expected), relative_error(logits, expected),
+      name().c_str(), relative_error(own.logits, expected), relative_error(logits, expected),
       num_dense, dense_error, overlap.share());
   EXPECT_LE(dense_error, 2 * 6e-3 * num_dense);
   EXPECT_GE(overlap.share(), 0.75);
@@ -198,7 +222,8 @@ TEST_P(GoldenTest, Int8IndexerKeysTurnFewSelections) {
   const Golden golden(folder_);
   const std::vector<int32_t> tokens = golden.integers("input_ids");
   source_ = open_model(folder_);
-  Engine e(source_, {.context = 512,
+  Engine e(source_, {.device = device(),
+                     .context = 512,
                      .batch_tokens = 512,
                      .compute = ComputeChoice::kF32,
                      .indexer_keys = IndexerKeys::kI8});
@@ -222,17 +247,27 @@ TEST_P(GoldenTest, Int8IndexerKeysTurnFewSelections) {
   std::printf(
       "%-18s int8 indexer keys: overlap of selections %.4f a layer, %.4f with what layers before "
       "turned, logits %.2e\n",
-      GetParam().c_str(), forced.share(), own.share(),
+      name().c_str(), forced.share(), own.share(),
       relative_error(trace.logits, golden.floats("logits")));
   EXPECT_GE(forced.share(), 0.98);
   EXPECT_GE(own.share(), 0.75);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest, testing::ValuesIn(kGoldenCases), [](const auto& param) {
-  std::string name = param.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+std::vector<GoldenParam> golden_params() {
+  std::vector<GoldenParam> params;
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    for (const std::string& name : kGoldenCases) params.push_back({name, device});
+  }
+  return params;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest, testing::ValuesIn(golden_params()),
+                         [](const auto& param) {
+                           std::string name =
+                               param.param.name + "_" + device_name(param.param.device);
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
 
 }  // namespace
 }  // namespace indexcache

@@ -25,7 +25,7 @@ int64_t cache_bytes_per_token(const KvCacheShape& shape) {
   return bytes;
 }
 
-KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
+KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
   CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16);
   CHECK(shape.indexer_dtype == DType::kF32 || shape.indexer_dtype == DType::kBF16 ||
         shape.indexer_dtype == DType::kI8);
@@ -33,8 +33,9 @@ KvCache::KvCache(const KvCacheShape& shape) : shape_(shape) {
   CHECK_LE(shape.num_pages, INT32_MAX);
   for (const bool full : shape.layer_is_full) {
     const int64_t tokens = shape.num_pages * kPageTokens;
-    latent_.emplace_back(static_cast<size_t>(tokens * latent_row_bytes(shape)));
-    indexer_keys_.emplace_back(static_cast<size_t>(full ? tokens * indexer_row_bytes(shape) : 0));
+    latent_.emplace_back(device, static_cast<size_t>(tokens * latent_row_bytes(shape)));
+    indexer_keys_.emplace_back(device,
+                               static_cast<size_t>(full ? tokens * indexer_row_bytes(shape) : 0));
   }
   // Low pages are given first, so that a fresh cache fills from the front.
   for (int64_t page = shape.num_pages - 1; page >= 0; --page)

@@ -1,6 +1,7 @@
 // What is remembered between steps: the latent KV of every layer and the indexer keys of full
 // layers, in pages of 64 tokens (kPageTokens). One page number stands for the same 64 tokens in
-// every layer, so a sequence needs one page table.
+// every layer, so a sequence needs one page table. Rows lie in the memory of the device that the
+// ops run on; page tables are the host's.
 //
 // Shared layers keep no indexer keys: their pool does not exist. Memory is reserved at construction
 // and taken from the system only as pages are first written.
@@ -40,7 +41,7 @@ struct SequenceCache {
 
 class KvCache {
  public:
-  explicit KvCache(const KvCacheShape& shape);
+  explicit KvCache(const KvCacheShape& shape, Device device = Device::kCpu);
 
   const KvCacheShape& shape() const { return shape_; }
   int64_t num_free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
@@ -62,10 +63,10 @@ class KvCache {
 
  private:
   KvCacheShape shape_;
-  std::vector<HostMemory> latent_;        // one a layer
-  std::vector<HostMemory> indexer_keys_;  // one a layer, empty for shared layers
-  std::vector<int32_t> free_pages_;       // the next one to give is at the end
-  std::vector<int32_t> holders_;          // of each page, 0 for a free one
+  std::vector<Memory> latent_;        // one a layer
+  std::vector<Memory> indexer_keys_;  // one a layer, empty for shared layers
+  std::vector<int32_t> free_pages_;   // the next one to give is at the end
+  std::vector<int32_t> holders_;      // of each page, 0 for a free one
 };
 
 }  // namespace indexcache

@@ -18,7 +18,7 @@
 #include "cli/options.h"
 #include "cli/report.h"
 #include "cli/shape_flags.h"
-#include "device/cpu_features.h"
+#include "device/gpus.h"
 
 namespace indexcache {
 
@@ -52,7 +52,7 @@ struct OpTable {
 };
 
 struct BenchResult {
-  std::string model, indexers;
+  std::string model, indexers, device, kernels;
   std::vector<BenchRow> rows;
   std::vector<OpTable> ops;  // over the whole prefill and all decoding of a plan
   double matmul_flops_per_s = 0;
@@ -76,12 +76,25 @@ double measure_matmul_rate(Engine& engine) {
       std::memcpy(w.data() + 4 * i, &value, 4);
     }
   }
-  const MatmulGroup group{
-      x.data(), k, m, {bf16 ? DType::kBF16 : DType::kF32, n, k, w.data(), nullptr}, y.data(), n};
+  MatmulGroup group{x.data(), k, m, {bf16 ? DType::kBF16 : DType::kF32, n, k, w.data(), nullptr},
+                    y.data(), n};
+  CudaMemory on_gpu;
+  if (engine.exec.device == Device::kCuda) {
+    const size_t x_bytes = x.size() * sizeof(float), y_bytes = y.size() * sizeof(float);
+    on_gpu = CudaMemory(x_bytes + y_bytes + w.size());
+    uint8_t* base = on_gpu.data();
+    engine.exec.cuda().copy_in(base, x.data(), x_bytes);
+    engine.exec.cuda().copy_in(base + x_bytes + y_bytes, w.data(), w.size());
+    engine.exec.wait();
+    group.x = reinterpret_cast<const float*>(base);
+    group.y = reinterpret_cast<float*>(base + x_bytes);
+    group.w.data = base + x_bytes + y_bytes;
+  }
   double best = 0;
   for (int i = 0; i < 5; ++i) {
     const double start = monotonic_seconds();
     matmul(engine.exec, {{&group, 1}, engine.model.compute, false});
+    engine.exec.wait();
     best = std::max(best, 2.0 * m * k * n / (monotonic_seconds() - start));
   }
   return best;
@@ -119,6 +132,8 @@ void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions o
   // before too.
   std::ofstream("/proc/self/clear_refs") << "5";
   Engine engine(source, options);
+  result->device = hardware_name(options.device);
+  result->kernels = kernel_names(options.device);
   if (result->matmul_flops_per_s == 0) result->matmul_flops_per_s = measure_matmul_rate(engine);
   const std::vector<int32_t> tokens =
       random_tokens(longest + flags.decode_tokens, source.config.vocab_size, flags.seed);
@@ -157,16 +172,26 @@ void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions o
     row.prefill_s = prefill_seconds;
     row.indexer_share = times.indexer / times.total();
 
-    engine.exec.profile = &ops.decode;
     ForwardTimes decode_times;
     std::vector<float> logits;
+    const auto decode = [&] {
+      for (int64_t i = 0; i < flags.decode_tokens; ++i) {
+        prefill(engine, sequence, all.subspan(static_cast<size_t>(context + i), 1), &logits,
+                {.times = &decode_times});
+      }
+    };
+    // The clock of an op waits for a GPU, which costs more than most ops of a single token: those
+    // are measured in a second run.
+    engine.exec.profile = engine.exec.device == Device::kCpu ? &ops.decode : nullptr;
     const double start = monotonic_seconds();
-    for (int64_t i = 0; i < flags.decode_tokens; ++i) {
-      prefill(engine, sequence, all.subspan(static_cast<size_t>(context + i), 1), &logits,
-              {.times = &decode_times});
-    }
+    decode();
     row.decode_tok_s = static_cast<double>(flags.decode_tokens) / (monotonic_seconds() - start);
     row.decode_indexer_share = decode_times.indexer / decode_times.total();
+    if (engine.exec.device == Device::kCuda) {
+      sequence.num_tokens = context;
+      engine.exec.profile = &ops.decode;
+      decode();
+    }
     sequence.num_tokens =
         context;  // the decoded tokens are taken back; the next frontier writes over them
 
@@ -182,7 +207,7 @@ void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions o
 Json rows_json(const BenchResult& result) {
   Json rows = Json::array();
   for (const BenchRow& r : result.rows) {
-    rows.push_back({{"device", cpu_name()},
+    rows.push_back({{"device", result.device},
                     {"model", result.model},
                     {"context", r.context},
                     {"plan", r.plan},
@@ -235,7 +260,7 @@ std::string op_lines(const Profile& profile, double matmul_rate) {
 
 std::string rows_text(const BenchResult& result) {
   std::string out = fmt::format("{} on {} ({}); dense product {:.0f} GFLOP/s\n", result.model,
-                                cpu_name(), cpu_isa_names(), result.matmul_flops_per_s / 1e9);
+                                result.device, result.kernels, result.matmul_flops_per_s / 1e9);
   out += fmt::format("{:>9} {:>12} {:>11} {:>11} {:>9} {:>11} {:>9} {:>10} {:>10} {:>11} {:>11}\n",
                      "context", "plan", "prefill", "tokens/s", "indexer", "decode", "indexer",
                      "F layer", "S layer", "peak RSS", "other");

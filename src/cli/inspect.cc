@@ -7,6 +7,7 @@
 #include "cli/options.h"
 #include "cli/report.h"
 #include "cli/shape_flags.h"
+#include "device/gpus.h"
 
 namespace indexcache {
 
@@ -72,7 +73,8 @@ int inspect(const InspectFlags& flags) {
                 {"cache_bytes", memory.cache_bytes},
                 {"activation_bytes", memory.activation_bytes},
                 {"needed_bytes", memory.total()},
-                {"available_bytes", available_memory_bytes()},
+                {"available_bytes",
+                 options.device == Device::kCuda ? cuda_free_bytes() : available_memory_bytes()},
                 {"compute", compute_name(compute)},
                 {"indexer_keys", indexer_keys_name(compute, options.indexer_keys)},
                 {"tensors", specs.size()}};
@@ -113,8 +115,13 @@ int inspect(const InspectFlags& flags) {
       "activations {}\n",
       format_bytes(memory.total()), memory.context, format_bytes(memory.weights_bytes),
       format_bytes(memory.owned_bytes), format_bytes(memory.cache_bytes),
-      memory.cache_bytes_per_token, format_bytes(memory.activation_bytes));
-  fmt::print("this machine  {} available\n", format_bytes(available_memory_bytes()));
+      memory.cache_bytes_per_token, format_bytes(memory.activation_bytes + memory.workspace_bytes));
+  if (options.device == Device::kCuda) {
+    fmt::print("this GPU      {}, {} free\n", hardware_name(options.device),
+               format_bytes(cuda_free_bytes()));
+  } else {
+    fmt::print("this machine  {} available\n", format_bytes(available_memory_bytes()));
+  }
   if (flags.tensors) {
     for (const TensorSpec& spec : specs) {
       fmt::print("{:8} {:18} {}\n", dtype_name(spec.dtype), shape_string(spec.shape),

@@ -75,7 +75,11 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
 
 RunOptions run_options(const CommonFlags& flags) {
   RunOptions options = flags.run;
-  if (flags.device == "cuda") fail("--device cuda: {}", cuda_unavailable_reason());
+  if (flags.device == "cuda") {
+    if (const std::string why = cuda_unavailable_reason(); !why.empty())
+      fail("--device cuda: {}", why);
+    options.device = Device::kCuda;
+  }
   if (flags.dtype == "f32" || flags.dtype == "float32") {
     options.compute = ComputeChoice::kF32;
   } else if (flags.dtype == "bf16" || flags.dtype == "bfloat16") {

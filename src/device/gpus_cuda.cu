@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "device/cuda.cuh"
 #include "device/gpus.h"
 
 namespace indexcache {

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/cuda.h"
+
 namespace indexcache {
 
 class HostMemory {
@@ -23,6 +25,26 @@ class HostMemory {
  private:
   uint8_t* data_ = nullptr;
   size_t num_bytes_ = 0;
+};
+
+// Memory for what runs on a device: zero-filled on the CPU, undefined on a GPU.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Device device, size_t num_bytes) {
+    if (device == Device::kCuda) {
+      cuda_ = CudaMemory(num_bytes);
+    } else {
+      host_ = HostMemory(num_bytes);
+    }
+  }
+
+  uint8_t* data() const { return host_.data() != nullptr ? host_.data() : cuda_.data(); }
+  size_t num_bytes() const { return host_.num_bytes() + cuda_.num_bytes(); }
+
+ private:
+  HostMemory host_;
+  CudaMemory cuda_;
 };
 
 }  // namespace indexcache

@@ -5,6 +5,7 @@
 #include "base/checked.h"
 #include "base/log.h"
 #include "checkpoint/nonfinite.h"
+#include "device/gpus.h"
 #include "plan/plan_file.h"
 
 namespace indexcache {
@@ -33,10 +34,11 @@ int64_t resolve_cache_tokens(int64_t wanted, int64_t context) {
 
 // Mapped weights need no memory of their own to start, but without them in memory every token reads
 // the disk.
-void check_memory(const MemoryPlan& plan, bool weights_in_memory) {
-  uint64_t available = available_memory_bytes();
-  if (available == 0) return;
-  if (weights_in_memory) available += plan.weights_bytes;
+void check_memory(const MemoryPlan& plan, bool weights_in_memory, Device device) {
+  const bool gpu = device == Device::kCuda;
+  uint64_t available = gpu ? cuda_free_bytes() : available_memory_bytes();
+  if (available == 0 && !gpu) return;
+  if (weights_in_memory && !gpu) available += plan.weights_bytes;
   if (plan.total() <= available) return;
   const uint64_t fixed = plan.total() - plan.cache_bytes;
   const int64_t fits =
@@ -45,10 +47,11 @@ void check_memory(const MemoryPlan& plan, bool weights_in_memory) {
                                                 static_cast<uint64_t>(plan.cache_bytes_per_token));
   fail(
       "needs {} (weights {}, copies {}, cache {} for {} tokens, activations {}), found {} "
-      "available; {}",
+      "{}; {}",
       format_bytes(plan.total()), format_bytes(plan.weights_bytes), format_bytes(plan.owned_bytes),
-      format_bytes(plan.cache_bytes), plan.cache_tokens, format_bytes(plan.activation_bytes),
-      format_bytes(available),
+      format_bytes(plan.cache_bytes), plan.cache_tokens,
+      format_bytes(plan.activation_bytes + plan.workspace_bytes), format_bytes(available),
+      gpu ? "free on the GPU" : "available",
       fits > 0 ? fmt::format("the largest {} that fits is {} tokens",
                              plan.cache_tokens == plan.context ? "context" : "cache",
                              fits / kPageTokens * kPageTokens)
@@ -98,8 +101,10 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
   memory.cache_bytes_per_token = cache_bytes_per_token(
       cache_shape(config, plan, compute, indexer_dtype(compute, options.indexer_keys), pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
-  memory.activation_bytes =
-      activation_bytes(config, std::min(options.batch_tokens, memory.context));
+  const int64_t batch_tokens = std::min(options.batch_tokens, memory.context);
+  memory.activation_bytes = activation_bytes(config, batch_tokens, options.device);
+  if (options.device == Device::kCuda)
+    memory.workspace_bytes = gpu_workspace_bytes(config, batch_tokens, memory.context);
   memory.weights_bytes = used_weight_bytes(specs, config, plan);
   memory.owned_bytes = owned_weight_bytes(specs, config, compute);
   return memory;
@@ -111,6 +116,10 @@ Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPla
                  std::optional<IndexerAdapter>* adapter) {
   if (options.batch_tokens < 1)
     fail("a batch of {} tokens was asked for, expected at least 1", options.batch_tokens);
+  if (options.device == Device::kCuda) {
+    if (const std::string why = cuda_unavailable_reason(); !why.empty())
+      fail("--device cuda: {}", why);
+  }
   LaidOver laid =
       lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
   *adapter = std::move(laid.adapter);
@@ -122,7 +131,7 @@ Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPla
   model.plan = plan_in_force(model.config, laid.layer_has_indexer, options, laid.where);
   model.compute = resolve_compute(laid.specs, options.compute);
   *memory = plan_memory(model.config, laid.specs, model.plan, model.compute, options);
-  check_memory(*memory, source.in_memory);
+  check_memory(*memory, source.in_memory, options.device);
   if (options.check_tensors) {
     check_finite(source.checkpoint);
     if (indexers != nullptr) check_finite(indexers->tensors);
@@ -172,12 +181,14 @@ IndexPlan widest_plan(const ModelSource& source, const RunOptions& options) {
 Engine::Engine(const ModelSource& source, const RunOptions& options_in)
     : model(bind_model(source, options_in, &memory, &adapter)),
       options(options_in),
-      exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus()),
+      exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus(), options.device),
       cache(cache_shape(model.config, model.plan, model.compute,
                         indexer_dtype(model.compute, options.indexer_keys),
-                        ceil_div(memory.cache_tokens, kPageTokens))),
-      activations(model.config, std::min(options.batch_tokens, memory.context)) {
+                        ceil_div(memory.cache_tokens, kPageTokens)),
+            options.device),
+      activations(model.config, std::min(options.batch_tokens, memory.context), options.device) {
   exec.forced = options.forced_ops;
+  if (options.device == Device::kCuda) move_to_gpu(exec, &model.weights);
 }
 
 int64_t prefill(Engine& engine, SequenceCache& sequence, std::span<const int32_t> tokens,

@@ -22,6 +22,7 @@ enum class ComputeChoice { kAuto, kF32, kBF16 };
 enum class IndexerKeys { kAuto, kI8 };  // auto: in the cache's type
 
 struct RunOptions {
+  Device device = Device::kCpu;
   int num_threads = 0;         // 0: all CPUs this process may use
   int64_t context = 0;         // tokens of a sequence; 0: max_position_embeddings, at most 4096
   int64_t cache_tokens = 0;    // that all sequences together may keep; 0: as many as `context`
@@ -42,10 +43,13 @@ struct MemoryPlan {
   uint64_t owned_bytes = 0;       // transposed and dequantised copies
   uint64_t cache_bytes = 0;       // at `cache_tokens` tokens
   uint64_t activation_bytes = 0;  // at `batch_tokens`
+  uint64_t workspace_bytes = 0;   // on a GPU: what ops take beside
   int64_t cache_bytes_per_token = 0;
   int64_t context = 0;
   int64_t cache_tokens = 0;
-  uint64_t total() const { return weights_bytes + owned_bytes + cache_bytes + activation_bytes; }
+  uint64_t total() const {
+    return weights_bytes + owned_bytes + cache_bytes + activation_bytes + workspace_bytes;
+  }
 };
 
 // Config and tensors, from a folder in the hub's layout or made in memory. Several engines, each

@@ -2,6 +2,7 @@
 
 #include "base/checked.h"
 #include "model/forward.h"
+#include "ops/index_select/index_select_cuda.h"
 
 namespace indexcache {
 
@@ -19,7 +20,10 @@ struct Carver {
   }
 };
 
-uint64_t carve(const ModelConfig& config, int64_t T, uint8_t* base, Activations* a) {
+// Logits of a chunk of a long vocabulary are larger than all the rest, and leave a GPU at once.
+constexpr int64_t kLogitRows = 256;
+
+uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* base, Activations* a) {
   const AttentionConfig& attn = config.attention;
   const IndexerConfig& indexer = config.indexer;
   const MoeConfig& moe = config.moe;
@@ -48,23 +52,41 @@ uint64_t carve(const ModelConfig& config, int64_t T, uint8_t* base, Activations*
   c.take(&a->router_logits, T * moe.n_routed_experts);
   c.take(&a->experts, slots);
   c.take(&a->expert_weights, slots);
+  c.take(&a->row_begin, T > 0 ? moe.n_routed_experts + 1 : 0);
   c.take(&a->slots, slots);
   c.take(&a->slot_tokens, slots);
   c.take(&a->expert_rows, slots * config.hidden_size);
+  a->logit_rows = device == Device::kCuda ? std::min(T, kLogitRows) : 0;
+  c.take(&a->logits, a->logit_rows * config.vocab_size);
   return c.used;
 }
 
 }  // namespace
 
-Activations::Activations(const ModelConfig& config, int64_t max_tokens_in)
+Activations::Activations(const ModelConfig& config, int64_t max_tokens_in, Device device)
     : max_tokens(max_tokens_in) {
-  memory = HostMemory(carve(config, max_tokens, nullptr, this));
-  carve(config, max_tokens, memory.data(), this);
+  memory = Memory(device, carve(config, max_tokens, device, nullptr, this));
+  carve(config, max_tokens, device, memory.data(), this);
 }
 
-uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens) {
+uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens, Device device) {
   Activations empty(config, 0);
-  return carve(config, max_tokens, nullptr, &empty);
+  return carve(config, max_tokens, device, nullptr, &empty);
+}
+
+uint64_t gpu_workspace_bytes(const ModelConfig& config, int64_t max_tokens, int64_t context) {
+  const AttentionConfig& attn = config.attention;
+  const IndexerConfig& indexer = config.indexer;
+  const int64_t index_queries = max_tokens * indexer.index_n_heads * (indexer.index_head_dim + 4);
+  const int64_t select = std::max(kIndexSelectWorkspaceBytes, 4 * context) + index_queries;
+  // Operands of the library's products in bf16: the widest input, the largest weight.
+  const int64_t widest =
+      std::max({config.hidden_size, config.intermediate_size,
+                attn.num_attention_heads * (attn.qk_head_dim() + attn.v_head_dim)});
+  const int64_t products = 2 * (max_tokens * widest + config.vocab_size * config.hidden_size);
+  // The batch itself.
+  const int64_t inputs = max_tokens * (4 + 4 * attn.qk_rope_head_dim + 64) + context / 8;
+  return static_cast<uint64_t>(std::max(select, products) + inputs);
 }
 
 }  // namespace indexcache

@@ -7,6 +7,7 @@
 #include "ops/index_select/index_select.h"
 #include "ops/layer_norm/layer_norm.h"
 #include "ops/moe_combine/moe_combine.h"
+#include "ops/moe_group/moe_group.h"
 #include "ops/moe_route/moe_route.h"
 #include "ops/rms_norm/rms_norm.h"
 #include "ops/rope/rope.h"
@@ -43,14 +44,14 @@ struct Pass {
     matmul(exec, {{&group, 1}, compute, accumulate});
   }
 
-  void norm(const float* x, int64_t ldx, const std::vector<float>& weight, double eps, float* y,
+  void norm(const float* x, int64_t ldx, const VectorWeight& weight, double eps, float* y,
             int64_t ldy) {
     rms_norm(exec, {.x = x,
                     .ldx = ldx,
-                    .weight = weight.data(),
+                    .weight = weight.data,
                     .eps = static_cast<float>(eps),
                     .num_rows = T,
-                    .row_elements = static_cast<int64_t>(weight.size()),
+                    .row_elements = weight.size,
                     .y = y,
                     .ldy = ldy});
   }
@@ -64,8 +65,8 @@ struct Pass {
                 .num_heads = num_heads,
                 .rope_dim = config().attention.qk_rope_head_dim,
                 .interleaved = interleaved,
-                .cos = a.rope.cos.data(),
-                .sin = a.rope.sin.data(),
+                .cos = a.cos,
+                .sin = a.sin,
                 .y = y,
                 .ldy = ldy,
                 .y_head_stride = y_head_stride});
@@ -93,8 +94,12 @@ void Pass::project_queries_and_latent(const LayerWeights& w, int layer) {
   norm(a.q_latent, attn.q_lora_rank, w.q_a_layernorm, kLatentNormEps, a.q_latent, attn.q_lora_rank);
   norm(a.kv, row, w.kv_a_layernorm, kLatentNormEps, a.kv, row);
   rotate(a.kv + latent, row, 0, 1, true, a.kv + latent, row, 0);
-  store_rows(exec,
-             {.x = a.kv, .ldx = row, .num_rows = T, .seqs = a.spans, .rows = cache.latent(layer)});
+  store_rows(exec, {.x = a.kv,
+                    .ldx = row,
+                    .num_rows = T,
+                    .seqs = a.spans,
+                    .rows = cache.latent(layer),
+                    .device_seqs = a.device_seqs});
 
   matmul_one(a.q_latent, w.q_b_proj, a.q);
   std::vector<MatmulGroup> absorb;
@@ -123,8 +128,8 @@ void Pass::select(const LayerWeights& w, int layer) {
   rotate(a.index_q, heads * dim, dim, heads, interleaved, a.index_q, heads * dim, dim);
   layer_norm(exec, {.x = a.index_key,
                     .ldx = dim,
-                    .weight = w.indexer.k_norm_weight.data(),
-                    .bias = w.indexer.k_norm_bias.data(),
+                    .weight = w.indexer.k_norm_weight.data,
+                    .bias = w.indexer.k_norm_bias.data,
                     .eps = kIndexerNormEps,
                     .num_rows = T,
                     .row_elements = dim,
@@ -135,7 +140,8 @@ void Pass::select(const LayerWeights& w, int layer) {
                     .ldx = dim,
                     .num_rows = T,
                     .seqs = a.spans,
-                    .rows = cache.indexer_keys(layer)});
+                    .rows = cache.indexer_keys(layer),
+                    .device_seqs = a.device_seqs});
   index_select(exec, {.q = a.index_q,
                       .weights = a.index_weights,
                       .num_heads = heads,
@@ -144,7 +150,8 @@ void Pass::select(const LayerWeights& w, int layer) {
                       .seqs = a.spans,
                       .k = indexer.index_topk,
                       .positions = a.positions,
-                      .counts = a.counts});
+                      .counts = a.counts,
+                      .device_seqs = a.device_seqs});
 }
 
 // Attention over the selection in force: this layer's own, or the one its source layer left behind.
@@ -161,7 +168,8 @@ void Pass::attend(const LayerWeights& w, int layer) {
                     .positions = a.positions,
                     .counts = a.counts,
                     .k = config().indexer.index_topk,
-                    .out = a.attended});
+                    .out = a.attended,
+                    .device_seqs = a.device_seqs});
   std::vector<MatmulGroup> to_values;
   for (int64_t h = 0; h < heads; ++h) {
     to_values.push_back({a.attended + h * latent, heads * latent, T, w.w_uv[static_cast<size_t>(h)],
@@ -189,7 +197,7 @@ void Pass::mixture_of_experts(const MoeWeights& w) {
   // The router decides in float32 in every published engine, whatever the model's type.
   matmul_as(Compute::kF32, a.normed, w.gate, a.router_logits);
   moe_route(exec, {.logits = a.router_logits,
-                   .correction_bias = w.e_score_correction_bias.data(),
+                   .correction_bias = w.e_score_correction_bias.data,
                    .num_tokens = T,
                    .n_routed_experts = moe.n_routed_experts,
                    .num_experts_per_tok = taken,
@@ -200,17 +208,13 @@ void Pass::mixture_of_experts(const MoeWeights& w) {
                    .experts = a.experts,
                    .expert_weights = a.expert_weights});
 
-  // Group the (token, expert) pairs by expert: expert e gets rows [begin[e], begin[e + 1]).
-  std::vector<int64_t> begin(static_cast<size_t>(moe.n_routed_experts + 1));
-  for (int64_t i = 0; i < T * taken; ++i) ++begin[static_cast<size_t>(a.experts[i] + 1)];
-  for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (int64_t i = 0; i < T * taken; ++i) {
-    const int64_t slot = next[static_cast<size_t>(a.experts[i])]++;
-    a.slots[i] = static_cast<int32_t>(slot);
-    a.slot_tokens[slot] = static_cast<int32_t>(i / taken);
-  }
-
+  moe_group(exec, {.experts = a.experts,
+                   .num_tokens = T,
+                   .num_experts_per_tok = taken,
+                   .n_routed_experts = moe.n_routed_experts,
+                   .row_begin = a.row_begin,
+                   .slots = a.slots,
+                   .slot_tokens = a.slot_tokens});
   gather_rows(exec, {.dtype = DType::kF32,
                      .table = reinterpret_cast<const uint8_t*>(a.normed),
                      .table_rows = T,
@@ -218,20 +222,17 @@ void Pass::mixture_of_experts(const MoeWeights& w) {
                      .ids = a.slot_tokens,
                      .num_rows = T * taken,
                      .y = a.expert_rows});
-  std::vector<MatmulGroup> in, out;
-  for (size_t e = 0; e < w.experts.size(); ++e) {
-    const int64_t rows = begin[e + 1] - begin[e];
-    if (rows == 0) continue;
-    const MlpWeights& expert = w.experts[e];
-    float* x = a.expert_rows + begin[e] * hidden;
-    in.push_back({x, hidden, rows, expert.gate_proj, a.gate + begin[e] * width, width});
-    in.push_back({x, hidden, rows, expert.up_proj, a.up + begin[e] * width, width});
-    out.push_back({a.gate + begin[e] * width, width, rows, expert.down_proj, x, hidden});
-  }
-  matmul(exec, {in, model.compute, false});
+  const auto product = [](const float* x, int64_t ldx, const ExpertWeights& weights, float* y,
+                          int64_t ldy) {
+    return ExpertProduct{x, ldx, weights.experts, weights.device_experts, y, ldy};
+  };
+  const ExpertProduct in[] = {product(a.expert_rows, hidden, w.gate_proj, a.gate, width),
+                              product(a.expert_rows, hidden, w.up_proj, a.up, width)};
+  matmul_experts(exec, {in, a.row_begin, T * taken, model.compute});
   silu_mul(exec,
            {.gate = a.gate, .up = a.up, .num_rows = T * taken, .row_elements = width, .y = a.gate});
-  matmul(exec, {out, model.compute, false});
+  const ExpertProduct out[] = {product(a.gate, width, w.down_proj, a.expert_rows, hidden)};
+  matmul_experts(exec, {out, a.row_begin, T * taken, model.compute});
   moe_combine(exec, {.rows = a.expert_rows,
                      .slots = a.slots,
                      .weights = a.expert_weights,
@@ -242,15 +243,103 @@ void Pass::mixture_of_experts(const MoeWeights& w) {
   if (w.shared_experts.gate_proj.present()) dense_mlp(w.shared_experts);
 }
 
-// Adds the time since the last lap to whatever part it is given.
-struct Stopwatch {
-  double last = monotonic_seconds();
-
-  double lap() {
-    const double now = monotonic_seconds();
-    return now - std::exchange(last, now);
+// Adds the time since the last lap to the parts that it is given. On a GPU the times are known when
+// finish() has waited for it.
+class Stopwatch {
+ public:
+  Stopwatch(Exec& exec, bool wanted) : exec_(exec), wanted_(wanted) {
+    if (wanted_ && exec_.device == Device::kCuda) exec_.cuda().start_laps();
   }
+
+  void lap(double* part, double* layer = nullptr) {
+    if (!wanted_) return;
+    if (exec_.device == Device::kCuda) return exec_.cuda().lap(part, layer);
+    const double now = monotonic_seconds(), seconds = now - std::exchange(last_, now);
+    *part += seconds;
+    if (layer != nullptr) *layer += seconds;
+  }
+
+  void finish() {
+    if (wanted_ && exec_.device == Device::kCuda) exec_.cuda().read_laps();
+  }
+
+ private:
+  Exec& exec_;
+  bool wanted_;
+  double last_ = monotonic_seconds();
 };
+
+// The rows of the residual stream, or what else has its shape, for the host to read.
+std::span<const float> host_rows(Exec& exec, Activations& a, const float* rows, int64_t count) {
+  const auto size = static_cast<size_t>(count);
+  if (exec.device == Device::kCpu) return {rows, size};
+  a.host_x.resize(size);
+  exec.cuda().copy_out(a.host_x.data(), rows, size * sizeof(float));
+  return a.host_x;
+}
+
+void show_selection(Exec& exec, Activations& a, const ForwardTap& tap, int layer, int64_t T,
+                    int64_t k) {
+  const auto size = static_cast<size_t>(T * k), rows = static_cast<size_t>(T);
+  if (exec.device == Device::kCpu) {
+    tap.selection(layer, {{a.positions, size}, {a.counts, rows}});
+    return;
+  }
+  a.host_positions.resize(size);
+  a.host_counts.resize(rows);
+  exec.cuda().copy_out(a.host_positions.data(), a.positions, 4 * size);
+  exec.cuda().copy_out(a.host_counts.data(), a.counts, 4 * rows);
+  tap.selection(layer, {a.host_positions, a.host_counts});
+  exec.cuda().copy_in(a.positions, a.host_positions.data(), 4 * size);
+  exec.cuda().copy_in(a.counts, a.host_counts.data(), 4 * rows);
+}
+
+// Gives the ops the batch: on a GPU as one copy.
+void place_inputs(Exec& exec, Activations& a) {
+  if (exec.device == Device::kCpu) {
+    a.ids = a.token_ids.data();
+    a.cos = a.rope.cos.data();
+    a.sin = a.rope.sin.data();
+    return;
+  }
+  int64_t num_bytes = 0;
+  const auto place = [&]<class T>(const std::vector<T>& values) {
+    const int64_t at = num_bytes;
+    num_bytes += round_up(static_cast<int64_t>(values.size() * sizeof(T)), int64_t{64});
+    return at;
+  };
+  const int64_t ids = place(a.token_ids), cos = place(a.rope.cos), sin = place(a.rope.sin),
+                seqs = place(a.spans);
+  std::vector<int64_t> page_tables;
+  for (const SeqSpan& span : a.spans) {
+    page_tables.push_back(num_bytes);
+    num_bytes +=
+        4 * round_up(ceil_div(span.first_position + span.num_tokens, kPageTokens), int64_t{16});
+  }
+  if (a.inputs.num_bytes() < static_cast<size_t>(num_bytes)) {
+    exec.wait();
+    a.inputs = Memory();
+    a.inputs = Memory(Device::kCuda, static_cast<size_t>(num_bytes + num_bytes / 2));
+  }
+  a.packed_inputs.resize(static_cast<size_t>(num_bytes));
+  uint8_t* host = a.packed_inputs.data();
+  const uint8_t* device = a.inputs.data();
+  std::copy(a.token_ids.begin(), a.token_ids.end(), reinterpret_cast<int32_t*>(host + ids));
+  std::copy(a.rope.cos.begin(), a.rope.cos.end(), reinterpret_cast<float*>(host + cos));
+  std::copy(a.rope.sin.begin(), a.rope.sin.end(), reinterpret_cast<float*>(host + sin));
+  for (size_t i = 0; i < a.spans.size(); ++i) {
+    SeqSpan span = a.spans[i];
+    std::copy_n(span.pages, ceil_div(span.first_position + span.num_tokens, kPageTokens),
+                reinterpret_cast<int32_t*>(host + page_tables[i]));
+    span.pages = reinterpret_cast<const int32_t*>(device + page_tables[i]);
+    reinterpret_cast<SeqSpan*>(host + seqs)[i] = span;
+  }
+  exec.cuda().copy_in(a.inputs.data(), host, static_cast<size_t>(num_bytes));
+  a.ids = reinterpret_cast<const int32_t*>(device + ids);
+  a.cos = reinterpret_cast<const float*>(device + cos);
+  a.sin = reinterpret_cast<const float*>(device + sin);
+  a.device_seqs = reinterpret_cast<const SeqSpan*>(device + seqs);
+}
 
 }  // namespace
 
@@ -271,7 +360,8 @@ KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compu
   return shape;
 }
 
-void begin_forward(const Model& model, Activations& a, std::span<const BatchSequence> batch) {
+void begin_forward(Exec& exec, const Model& model, Activations& a,
+                   std::span<const BatchSequence> batch) {
   a.token_ids.clear();
   a.token_positions.clear();
   a.spans.clear();
@@ -297,19 +387,21 @@ void begin_forward(const Model& model, Activations& a, std::span<const BatchSequ
   const RopeConfig& rope = model.config.rope;
   fill_rope_table(a.token_positions, rope_inv_freq(rope, model.config.attention.qk_rope_head_dim),
                   rope_cos_sin_scale(rope), &a.rope);
+  place_inputs(exec, a);
 }
 
 void run_embedding(Exec& exec, const Model& model, Activations& a, ForwardTimes* times) {
-  Stopwatch watch;
+  Stopwatch watch(exec, times != nullptr);
   const Weight& embed = model.weights.embed_tokens;
   gather_rows(exec, {.dtype = embed.dtype,
                      .table = embed.data,
                      .table_rows = embed.rows,
                      .row_elements = model.config.hidden_size,
-                     .ids = a.token_ids.data(),
+                     .ids = a.ids,
                      .num_rows = static_cast<int64_t>(a.token_ids.size()),
                      .y = a.x});
-  if (times != nullptr) times->head += watch.lap();
+  if (times != nullptr) watch.lap(&times->head);
+  watch.finish();
 }
 
 void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, int first_layer,
@@ -318,49 +410,45 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, 
   CHECK_GE(first_layer, 0);
   CHECK_LE(last_layer, static_cast<int>(config.num_hidden_layers));
   const int64_t hidden = config.hidden_size, T = static_cast<int64_t>(a.token_ids.size());
-  Stopwatch watch;
+  Stopwatch watch(exec, times != nullptr);
   ForwardTimes unused;
   ForwardTimes& t = times != nullptr ? *times : unused;
   t.layer_seconds.resize(model.weights.layers.size());
   Pass pass{exec, model, cache, a, T};
-  const std::span<const float> residual(a.x, static_cast<size_t>(T * hidden));
 
   for (int layer = first_layer; layer < last_layer; ++layer) {
     const LayerWeights& w = model.weights.layers[static_cast<size_t>(layer)];
-    const double start = watch.last;
-    if (tap != nullptr && tap->hidden) tap->hidden(layer, residual);
+    double* seconds = &t.layer_seconds[static_cast<size_t>(layer)];
+    if (tap != nullptr && tap->hidden) tap->hidden(layer, host_rows(exec, a, a.x, T * hidden));
 
     pass.norm(a.x, hidden, w.input_layernorm, config.rms_norm_eps, a.normed, hidden);
     pass.project_queries_and_latent(w, layer);
-    t.attention += watch.lap();
+    watch.lap(&t.attention, seconds);
     if (model.plan.is_full(layer)) {
       pass.select(w, layer);
-      if (tap != nullptr && tap->selection) {
-        tap->selection(layer, {{a.positions, static_cast<size_t>(T * config.indexer.index_topk)},
-                               {a.counts, static_cast<size_t>(T)}});
-      }
-      t.indexer += watch.lap();
+      if (tap != nullptr && tap->selection)
+        show_selection(exec, a, *tap, layer, T, config.indexer.index_topk);
+      watch.lap(&t.indexer, seconds);
     }
     pass.attend(w, layer);
-    t.attention += watch.lap();
+    watch.lap(&t.attention, seconds);
 
     pass.norm(a.x, hidden, w.post_attention_layernorm, config.rms_norm_eps, a.normed, hidden);
     config.is_moe(layer) ? pass.mixture_of_experts(w.moe) : pass.dense_mlp(w.mlp);
-    t.ffn += watch.lap();
-    t.layer_seconds[static_cast<size_t>(layer)] += watch.last - start;
+    watch.lap(&t.ffn, seconds);
   }
+  watch.finish();
 }
 
 void run_head(Exec& exec, const Model& model, Activations& a, std::span<const BatchSequence> batch,
               float* logits, const ForwardTap* tap, ForwardTimes* times) {
   const ModelConfig& config = model.config;
-  const int64_t hidden = config.hidden_size, T = static_cast<int64_t>(a.token_ids.size());
-  Stopwatch watch;
-  // The rows that want logits are gathered to the front of `normed`; with a tap, all rows are shown
-  // first.
+  const int64_t hidden = config.hidden_size, vocab = config.vocab_size,
+                T = static_cast<int64_t>(a.token_ids.size());
+  Stopwatch watch(exec, times != nullptr);
   rms_norm(exec, {.x = a.x,
                   .ldx = hidden,
-                  .weight = model.weights.norm.data(),
+                  .weight = model.weights.norm.data,
                   .eps = static_cast<float>(config.rms_norm_eps),
                   .num_rows = T,
                   .row_elements = hidden,
@@ -368,27 +456,64 @@ void run_head(Exec& exec, const Model& model, Activations& a, std::span<const Ba
                   .ldy = hidden});
   if (tap != nullptr && tap->hidden) {
     tap->hidden(static_cast<int>(config.num_hidden_layers),
-                {a.normed, static_cast<size_t>(T * hidden)});
+                host_rows(exec, a, a.normed, T * hidden));
   }
+  // The rows that want logits: of one sequence they are consecutive, those of several are gathered
+  // in `x`, which is no longer needed.
   int64_t rows = 0, end = 0;
   for (const BatchSequence& sequence : batch) {
     end += static_cast<int64_t>(sequence.tokens.size());
-    std::copy(a.normed + (end - sequence.num_logits) * hidden, a.normed + end * hidden,
-              a.normed + rows * hidden);
+    if (batch.size() > 1 && sequence.num_logits > 0) {
+      exec.copy(a.x + rows * hidden, a.normed + (end - sequence.num_logits) * hidden,
+                static_cast<size_t>(sequence.num_logits * hidden) * sizeof(float));
+    }
     rows += sequence.num_logits;
   }
-  if (rows > 0) {
-    const MatmulGroup group{a.normed, hidden,           rows, model.weights.lm_head,
-                            logits,   config.vocab_size};
+  const float* wanted = batch.size() > 1 ? a.x : a.normed + (T - rows) * hidden;
+  const bool on_gpu = exec.device == Device::kCuda;
+  const int64_t at_once = on_gpu ? a.logit_rows : std::max<int64_t>(rows, 1);
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t count = std::min(at_once, rows - first);
+    float* to = logits + first * vocab;
+    const MatmulGroup group{wanted + first * hidden, hidden, count, model.weights.lm_head,
+                            on_gpu ? a.logits : to,  vocab};
     matmul(exec, {{&group, 1}, model.compute, false});
+    if (on_gpu)
+      exec.cuda().copy_out(to, a.logits, static_cast<size_t>(count * vocab) * sizeof(float));
   }
-  if (times != nullptr) times->head += watch.lap();
+  if (times != nullptr) watch.lap(&times->head);
+  watch.finish();
+}
+
+PassState new_state(Exec& exec, const Model& model, Activations& a) {
+  const size_t rows = a.token_ids.size(),
+               hidden = rows * static_cast<size_t>(model.config.hidden_size),
+               selected = rows * static_cast<size_t>(model.config.indexer.index_topk);
+  if (exec.device == Device::kCpu)
+    return {{a.x, hidden}, {a.positions, selected}, {a.counts, rows}};
+  a.host_x.resize(hidden);
+  a.host_positions.resize(selected);
+  a.host_counts.resize(rows);
+  return {a.host_x, a.host_positions, a.host_counts};
+}
+
+void put_state(Exec& exec, const Model& model, Activations& a) {
+  if (exec.device == Device::kCpu) return;
+  const PassState state = new_state(exec, model, a);
+  exec.cuda().copy_in(a.x, state.x.data(), state.x.size_bytes());
+  exec.cuda().copy_in(a.positions, state.positions.data(), state.positions.size_bytes());
+  exec.cuda().copy_in(a.counts, state.counts.data(), state.counts.size_bytes());
+}
+
+std::span<const float> read_residual(Exec& exec, const Model& model, Activations& a) {
+  return host_rows(exec, a, a.x,
+                   static_cast<int64_t>(a.token_ids.size()) * model.config.hidden_size);
 }
 
 void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
              std::span<BatchSequence> batch, float* logits, const ForwardTap* tap,
              ForwardTimes* times) {
-  begin_forward(model, a, batch);
+  begin_forward(exec, model, a, batch);
   run_embedding(exec, model, a, times);
   run_layers(exec, model, cache, a, 0, static_cast<int>(model.config.num_hidden_layers), tap,
              times);

@@ -59,12 +59,12 @@ struct ForwardTimes {
   double total() const { return indexer + attention + ffn + head; }
 };
 
-// All intermediate results, allocated once for the largest batch.
+// All intermediate results, allocated once for the largest batch, in the memory of the device.
 struct Activations {
-  Activations(const ModelConfig& config, int64_t max_tokens);
+  Activations(const ModelConfig& config, int64_t max_tokens, Device device = Device::kCpu);
 
   int64_t max_tokens;
-  HostMemory memory;
+  Memory memory;
   float* x;              // [T, hidden_size] the residual stream
   float* normed;         // [T, hidden_size]
   float* q_latent;       // [T, q_lora_rank]
@@ -83,15 +83,35 @@ struct Activations {
   float* router_logits;   // [T, n_routed_experts]
   int32_t* experts;       // [T, num_experts_per_tok]
   float* expert_weights;  // [T, num_experts_per_tok]
+  int32_t* row_begin;     // [n_routed_experts + 1] of the grouped expert rows
   int32_t* slots;         // [T, num_experts_per_tok] row of the grouped expert rows
   int32_t* slot_tokens;   // [T * num_experts_per_tok] the inverse: which token
   float* expert_rows;     // [T * num_experts_per_tok, hidden_size] in, then out
+  float* logits;          // on a GPU: [logit_rows, vocab_size], to be copied out
+  int64_t logit_rows;
+
+  // The batch, on the host.
   RopeTable rope;
   std::vector<int32_t> token_ids, token_positions;  // [T]
   std::vector<SeqSpan> spans;
+  // The same for the ops: on a GPU copies in `inputs`, which begin_forward makes at once.
+  const int32_t* ids = nullptr;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  const SeqSpan* device_seqs = nullptr;
+  Memory inputs;
+  std::vector<uint8_t> packed_inputs;
+
+  // What of the GPU's a caller looks at.
+  std::vector<float> host_x;
+  std::vector<int32_t> host_positions, host_counts;
 };
 
-uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens);
+uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens,
+                          Device device = Device::kCpu);
+
+// Memory beside activations that ops take on a GPU for a batch of `max_tokens`, at most.
+uint64_t gpu_workspace_bytes(const ModelConfig& config, int64_t max_tokens, int64_t context);
 
 // Runs the batch, appends its tokens to the caches, and writes the wanted rows of logits, [sum of
 // num_logits, vocab_size], in batch order. Token ids must be in [0, vocab_size): an Error
@@ -101,11 +121,11 @@ void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activa
              ForwardTimes* times = nullptr);
 
 // The parts that forward() is made of, for a caller that runs only some layers. Between them the
-// residual stream is `activations.x` and the selection in force `activations.positions` and
-// `counts`; the caller may read and replace both. A layer needs nothing else from the layers before
+// state of the pass is the residual stream and the selection in force; the caller may read and
+// replace both. A layer needs nothing else from the layers before
 // it, so a pass may begin at any layer with what an earlier pass of the same tokens had there.
 // forward() adds the batch's tokens to the caches at the end; a caller of the parts does so itself.
-void begin_forward(const Model& model, Activations& activations,
+void begin_forward(Exec& exec, const Model& model, Activations& activations,
                    std::span<const BatchSequence> batch);
 void run_embedding(Exec& exec, const Model& model, Activations& activations,
                    ForwardTimes* times = nullptr);
@@ -115,5 +135,17 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& act
 void run_head(Exec& exec, const Model& model, Activations& activations,
               std::span<const BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
               ForwardTimes* times = nullptr);
+
+// The state of a pass where the host may read and write it: on the CPU the activations themselves,
+// on a GPU a copy.
+struct PassState {
+  std::span<float> x;            // [T, hidden_size]
+  std::span<int32_t> positions;  // [T, index_topk]
+  std::span<int32_t> counts;     // [T]
+};
+// With what is in it undefined, to be filled and then put in force.
+PassState new_state(Exec& exec, const Model& model, Activations& activations);
+void put_state(Exec& exec, const Model& model, Activations& activations);
+std::span<const float> read_residual(Exec& exec, const Model& model, Activations& activations);
 
 }  // namespace indexcache

@@ -8,6 +8,7 @@
 #include "base/checked.h"
 #include "base/rng.h"
 #include "checkpoint/block_scales.h"
+#include "device/thread_pool.h"
 
 namespace indexcache {
 
@@ -144,11 +145,16 @@ std::vector<TensorSpec> checkpoint_specs(const ModelConfig& config, DType dtype)
 Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed) {
   Checkpoint checkpoint;
   checkpoint.path = "synthetic";
-  for (const TensorSpec& spec : checkpoint_specs(config, dtype)) {
-    Tensor tensor(spec.dtype, spec.shape);
-    fill(spec, seed, tensor.memory.data());
-    checkpoint.add(spec.name, std::move(tensor));
-  }
+  const std::vector<TensorSpec> specs = checkpoint_specs(config, dtype);
+  std::vector<Tensor> tensors;
+  for (const TensorSpec& spec : specs) tensors.emplace_back(spec.dtype, spec.shape);
+  // A tensor's values follow from its name and the seed, so any thread may make them.
+  ThreadPool pool(num_usable_cpus());
+  pool.parallel_for(static_cast<int64_t>(specs.size()), [&](int64_t i, int) {
+    const size_t at = static_cast<size_t>(i);
+    fill(specs[at], seed, tensors[at].memory.data());
+  });
+  for (size_t i = 0; i < specs.size(); ++i) checkpoint.add(specs[i].name, std::move(tensors[i]));
   return checkpoint;
 }
 

@@ -28,13 +28,13 @@ struct Loader {
     ScaledView found;
   };
   std::vector<Matrix> matrices;
-  std::vector<std::pair<std::vector<float>*, TensorView>> vectors;
+  std::vector<std::pair<VectorWeight*, TensorView>> vectors;
 
   void matrix(Weight* weight, const std::string& name, int64_t rows, int64_t cols) {
     matrices.push_back({weight, name, binder.require_scaled(name, {rows, cols}, kWeightTypes)});
   }
 
-  void vector(std::vector<float>* values, const std::string& name, int64_t size) {
+  void vector(VectorWeight* values, const std::string& name, int64_t size) {
     vectors.emplace_back(values, binder.require(name, {size}, kNormTypes));
   }
 
@@ -49,9 +49,14 @@ struct Loader {
     matrix(&weights->gate, prefix + "gate.weight", moe.n_routed_experts, config.hidden_size);
     vector(&weights->e_score_correction_bias, prefix + "gate.e_score_correction_bias",
            moe.n_routed_experts);
-    weights->experts.resize(static_cast<size_t>(moe.n_routed_experts));
-    for (size_t e = 0; e < weights->experts.size(); ++e) {
-      mlp(&weights->experts[e], fmt::format("{}experts.{}.", prefix, e), moe.moe_intermediate_size);
+    for (ExpertWeights* w : {&weights->gate_proj, &weights->up_proj, &weights->down_proj})
+      w->experts.resize(static_cast<size_t>(moe.n_routed_experts));
+    for (size_t e = 0; e < static_cast<size_t>(moe.n_routed_experts); ++e) {
+      const std::string expert = fmt::format("{}experts.{}.", prefix, e);
+      const int64_t width = moe.moe_intermediate_size, hidden = config.hidden_size;
+      matrix(&weights->gate_proj.experts[e], expert + "gate_proj.weight", width, hidden);
+      matrix(&weights->up_proj.experts[e], expert + "up_proj.weight", width, hidden);
+      matrix(&weights->down_proj.experts[e], expert + "down_proj.weight", hidden, width);
     }
     if (moe.n_shared_experts > 0) {
       mlp(&weights->shared_experts, prefix + "shared_experts.",
@@ -101,10 +106,13 @@ struct Loader {
       const TensorView& view = found.weight;
       *weight = {view.dtype, view.shape[0], view.shape[1], view.data, nullptr};
       if (view.dtype != DType::kF8E4M3) continue;
-      out.scales.push_back(read_block_scales(view, found.scales, where + ": " + name));
-      weight->scale_inv = out.scales.back().data();
+      out.floats.push_back(read_block_scales(view, found.scales, where + ": " + name));
+      weight->scale_inv = out.floats.back().data();
     }
-    for (auto& [values, view] : vectors) *values = to_f32(view);
+    for (auto& [values, view] : vectors) {
+      out.floats.push_back(to_f32(view));
+      *values = {out.floats.back().data(), static_cast<int64_t>(out.floats.back().size())};
+    }
   }
 };
 

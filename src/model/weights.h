@@ -23,11 +23,17 @@
 
 namespace indexcache {
 
+// Numbers that are used as float32, whatever the checkpoint holds.
+struct VectorWeight {
+  const float* data = nullptr;
+  int64_t size = 0;
+};
+
 struct IndexerWeights {
-  Weight wq_b;                                    // [index_n_heads * index_head_dim, q_lora_rank]
-  Weight wk;                                      // [index_head_dim, hidden_size]
-  Weight weights_proj;                            // [index_n_heads, hidden_size]
-  std::vector<float> k_norm_weight, k_norm_bias;  // [index_head_dim]
+  Weight wq_b;                              // [index_n_heads * index_head_dim, q_lora_rank]
+  Weight wk;                                // [index_head_dim, hidden_size]
+  Weight weights_proj;                      // [index_n_heads, hidden_size]
+  VectorWeight k_norm_weight, k_norm_bias;  // [index_head_dim]
 };
 
 struct MlpWeights {
@@ -35,20 +41,26 @@ struct MlpWeights {
   Weight down_proj;           // [hidden_size, intermediate]
 };
 
+// One matrix of every expert of a layer.
+struct ExpertWeights {
+  std::vector<Weight> experts;             // [n_routed_experts]
+  const Weight* device_experts = nullptr;  // on a GPU: the same in its memory
+};
+
 struct MoeWeights {
-  Weight gate;                                 // [n_routed_experts, hidden_size]
-  std::vector<float> e_score_correction_bias;  // [n_routed_experts]
-  std::vector<MlpWeights> experts;
+  Weight gate;                           // [n_routed_experts, hidden_size]
+  VectorWeight e_score_correction_bias;  // [n_routed_experts]
+  ExpertWeights gate_proj, up_proj, down_proj;
   MlpWeights shared_experts;  // absent when n_shared_experts is 0
 };
 
 struct LayerWeights {
-  std::vector<float> input_layernorm, post_attention_layernorm;  // [hidden_size]
-  Weight q_a_proj;                                               // [q_lora_rank, hidden_size]
-  std::vector<float> q_a_layernorm;                              // [q_lora_rank]
-  Weight q_b_proj;                    // [num_attention_heads * (nope + rope), q_lora_rank]
-  Weight kv_a_proj_with_mqa;          // [kv_lora_rank + rope, hidden_size]
-  std::vector<float> kv_a_layernorm;  // [kv_lora_rank]
+  VectorWeight input_layernorm, post_attention_layernorm;  // [hidden_size]
+  Weight q_a_proj;                                         // [q_lora_rank, hidden_size]
+  VectorWeight q_a_layernorm;                              // [q_lora_rank]
+  Weight q_b_proj;              // [num_attention_heads * (nope + rope), q_lora_rank]
+  Weight kv_a_proj_with_mqa;    // [kv_lora_rank + rope, hidden_size]
+  VectorWeight kv_a_layernorm;  // [kv_lora_rank]
   // kv_b_proj, [num_attention_heads * (nope + v), kv_lora_rank], cut in two: W_UK is owned and
   // transposed, because the absorbed form contracts over the nope rows.
   std::vector<Weight> w_uk_t;  // per head [kv_lora_rank, nope]
@@ -60,14 +72,19 @@ struct LayerWeights {
 };
 
 struct Weights {
-  Weight embed_tokens;      // [vocab_size, hidden_size]
-  std::vector<float> norm;  // [hidden_size]
-  Weight lm_head;           // [vocab_size, hidden_size]; embed_tokens when tied
+  Weight embed_tokens;  // [vocab_size, hidden_size]
+  VectorWeight norm;    // [hidden_size]
+  Weight lm_head;       // [vocab_size, hidden_size]; embed_tokens when tied
   std::vector<LayerWeights> layers;
 
   std::deque<Tensor> owned;  // behind w_uk_t and fp8 w_uv; a deque, because views point into it
-  std::deque<std::vector<float>> scales;  // behind Weight::scale_inv
+  std::deque<std::vector<float>> floats;  // behind VectorWeight and Weight::scale_inv
+
+  CudaMemory device;  // behind everything, once it is on a GPU
 };
+
+// Copies all weights to the GPU, where their pointers then lead; the host keeps none.
+void move_to_gpu(Exec& exec, Weights* weights);
 
 // `plan` is the plan in force; with an adapter (null: none), all its full layers are full in the
 // adapter's. Owned copies are made in `compute`'s type.

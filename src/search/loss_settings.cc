@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/sha256.h"
-#include "device/cpu_features.h"
+#include "device/gpus.h"
 
 namespace indexcache {
 
@@ -33,7 +33,7 @@ Json loss_settings(const ModelSource& source, const PlanLoss& model) {
                    {"sequence_tokens", model.data().sequence_tokens()},
                    {"batch_tokens", engine.activations.max_tokens},
                    {"compute", engine.model.compute == Compute::kBF16 ? "bf16" : "f32"},
-                   {"kernels", cpu_isa_names()},
+                   {"kernels", kernel_names(engine.options.device)},
                    {"forced", forced}};
   if (engine.adapter) settings["indexers_hash"] = weights_hash(engine.adapter->tensors);
   return settings;

@@ -119,30 +119,31 @@ void PlanLoss::store_selection(StoredBytes& to, int64_t first, Selection selecti
 }
 
 void PlanLoss::restore_chunk(const State& state, int64_t first, int64_t count) {
-  Activations& a = engine_.activations;
+  const PassState pass = new_state(engine_.exec, engine_.model, engine_.activations);
   const int64_t k = engine_.model.config.indexer.index_topk, bytes = position_bytes();
   const size_t row_bytes = static_cast<size_t>(engine_.model.config.hidden_size) * sizeof(float);
-  state.hidden.read(static_cast<size_t>(first) * row_bytes, a.x,
+  state.hidden.read(static_cast<size_t>(first) * row_bytes, pass.x.data(),
                     static_cast<size_t>(count) * row_bytes);
 
   const int64_t begin = std::clamp<int64_t>(k - first, 0, count);
   for (int64_t t = 0; t < count; ++t) {
-    a.counts[t] = static_cast<int32_t>(std::min(k, first + t + 1));
+    pass.counts[static_cast<size_t>(t)] = static_cast<int32_t>(std::min(k, first + t + 1));
     if (t >= begin) continue;
-    int32_t* row = a.positions + t * k;
+    int32_t* row = pass.positions.data() + t * k;
     for (int64_t j = 0; j < k; ++j) row[j] = j <= first + t ? static_cast<int32_t>(j) : -1;
   }
-  if (begin == count) return;
+  if (begin == count) return put_state(engine_.exec, engine_.model, engine_.activations);
   packed_.resize(static_cast<size_t>((count - begin) * k * bytes));
   state.selection->read(static_cast<size_t>((first + begin - k) * k * bytes), packed_.data(),
                         packed_.size());
-  int32_t* rows = a.positions + begin * k;
+  int32_t* rows = pass.positions.data() + begin * k;
   if (bytes == 4) {
     std::memcpy(rows, packed_.data(), packed_.size());
   } else {
     const uint16_t* packed = reinterpret_cast<const uint16_t*>(packed_.data());
     std::copy_n(packed, (count - begin) * k, rows);
   }
+  put_state(engine_.exec, engine_.model, engine_.activations);
 }
 
 // The sum over a chunk's rows, in their order: the same for any number of threads.
@@ -195,7 +196,7 @@ double PlanLoss::run(size_t sequence, const IndexPlan& plan, int last_layer,
     const BatchSequence batch{
         &cache_, std::span(tokens).subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
         with_loss ? count : 0};
-    begin_forward(engine_.model, engine_.activations, {&batch, 1});
+    begin_forward(engine_.exec, engine_.model, engine_.activations, {&batch, 1});
     if (start == nullptr) {
       run_embedding(engine_.exec, engine_.model, engine_.activations);
     } else {
@@ -208,7 +209,7 @@ double PlanLoss::run(size_t sequence, const IndexPlan& plan, int last_layer,
       run_head(engine_.exec, engine_.model, engine_.activations, {&batch, 1}, logits_.data());
       sum += chunk_nll(tokens, first, count);
     } else {
-      write_hidden(last_layer, {engine_.activations.x, static_cast<size_t>(count * hidden)});
+      write_hidden(last_layer, read_residual(engine_.exec, engine_.model, engine_.activations));
     }
     first += count;
   }

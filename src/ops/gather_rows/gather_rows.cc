@@ -16,9 +16,11 @@ Cost gather_rows_cost(const GatherRowsArgs& args) {
 }  // namespace
 
 void gather_rows(Exec& exec, const GatherRowsArgs& args) {
-  for (int64_t r = 0; r < args.num_rows; ++r) {
-    CHECK_GE(args.ids[r], 0);
-    CHECK_LT(args.ids[r], args.table_rows);
+  if (exec.device == Device::kCpu) {  // ids in GPU memory were checked where they were made
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      CHECK_GE(args.ids[r], 0);
+      CHECK_LT(args.ids[r], args.table_rows);
+    }
   }
   run_op(exec, "gather_rows", kTable, args, gather_rows_cost(args));
 }

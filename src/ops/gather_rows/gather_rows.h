@@ -26,6 +26,7 @@ struct GatherRowsArgs {
 void gather_rows(Exec& exec, const GatherRowsArgs& args);
 
 void gather_rows_ref_rows(const GatherRowsArgs& args, int64_t begin, int64_t end);
+void gather_rows_cuda(Exec& exec, const GatherRowsArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void gather_rows_rows(const GatherRowsArgs& args, int64_t begin,
                                                   int64_t end))
 

@@ -7,6 +7,14 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static GatherRowsArgs to_device(DeviceOperands& device, GatherRowsArgs args) {
+  device.elements(args.table, args.table_rows * args.row_elements * dtype_bytes(args.dtype));
+  device.elements(args.ids, args.num_rows);
+  device.elements(args.y, args.num_rows * args.row_elements);
+  return args;
+}
+
 namespace {
 
 constexpr int64_t kTableRows = 37;

@@ -7,6 +7,7 @@
 
 #include "base/checked.h"
 #include "device/cpu_features.h"
+#include "ops/index_select/index_select_cuda.h"
 #include "ops/index_select/index_select_kernel.h"
 #include "ops/kit/isa.h"
 
@@ -203,10 +204,13 @@ constexpr OpImpl<IndexSelectArgs> kImpls[] = {
     {"avx2",
      [](const IndexSelectArgs& args) { return cpu_features().avx2 && sums_are_exact(args); },
      run<&avx2::kIndexSelect>},
+#ifdef INDEXCACHE_CUDA
+    {"cuda", [](const IndexSelectArgs&) { return true; }, index_select_cuda, Device::kCuda},
+#endif
     {"ref", [](const IndexSelectArgs&) { return true; }, index_select_ref},
 };
 
-void check_contract(const IndexSelectArgs& args) {
+void check_contract(Device device, const IndexSelectArgs& args) {
   CHECK_GE(args.k, 1);
   CHECK_LE(args.k, std::numeric_limits<int32_t>::max() / 4);
   CHECK_GE(args.num_heads, 1);
@@ -225,7 +229,7 @@ void check_contract(const IndexSelectArgs& args) {
     CHECK_GE(seq.num_tokens, 0);
     CHECK_GE(seq.first_position, 0);
     CHECK_LE(seq.first_position + seq.num_tokens, std::numeric_limits<int32_t>::max() - 64);
-    CHECK(seq.num_tokens == 0 || seq.pages != nullptr);
+    CHECK(seq.num_tokens == 0 || seq.pages != nullptr || device == Device::kCuda);
     num_tokens += seq.num_tokens;
   }
   if (num_tokens == 0) return;
@@ -234,6 +238,7 @@ void check_contract(const IndexSelectArgs& args) {
   CHECK(args.keys.base != nullptr);
   CHECK(args.positions != nullptr);
   CHECK(args.counts != nullptr);
+  CHECK(device == Device::kCpu || args.device_seqs != nullptr);
 }
 
 }  // namespace
@@ -241,7 +246,7 @@ void check_contract(const IndexSelectArgs& args) {
 std::span<const OpImpl<IndexSelectArgs>> index_select_impls() { return kImpls; }
 
 void index_select(Exec& exec, const IndexSelectArgs& args) {
-  check_contract(args);
+  check_contract(exec.device, args);
   run_op(exec, "index_select", kImpls, args, index_select_cost(args));
 }
 

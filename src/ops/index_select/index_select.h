@@ -48,10 +48,11 @@ struct IndexSelectArgs {
   int64_t num_heads = 0;
   int64_t head_dim = 0;  // even
   PagedRows keys;        // rows of head_dim; the rows of the queries themselves are already written
-  std::span<const SeqSpan> seqs;  // cover rows [0, num_tokens) of q in order
-  int64_t k = 0;                  // index_topk >= 1
-  int32_t* positions = nullptr;   // out [num_tokens, k]
-  int32_t* counts = nullptr;      // out [num_tokens]: min(k, position + 1)
+  std::span<const SeqSpan> seqs;         // cover rows [0, num_tokens) of q in order
+  int64_t k = 0;                         // index_topk >= 1
+  int32_t* positions = nullptr;          // out [num_tokens, k]
+  int32_t* counts = nullptr;             // out [num_tokens]: min(k, position + 1)
+  const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
 };
 
 // Up to here sums of int8 products fit 32 bits. A config cannot ask for more.

@@ -11,8 +11,27 @@
 #include "base/checked.h"
 #include "base/rng.h"
 #include "ops/kit/int8_rows.h"
+#include "ops/kit/test_device.h"
 
 namespace indexcache {
+
+static IndexSelectArgs to_device(DeviceOperands& device, IndexSelectArgs args) {
+  int64_t tokens = 0;
+  int32_t last_page = 0;
+  for (const SeqSpan& seq : args.seqs) {
+    tokens += seq.num_tokens;
+    for (int64_t p = 0; p < ceil_div(seq.first_position + seq.num_tokens, kPageTokens); ++p)
+      last_page = std::max(last_page, seq.pages[p]);
+  }
+  device.elements(args.q, tokens * args.num_heads * args.head_dim);
+  device.elements(args.weights, tokens * args.num_heads);
+  device.pool(args.keys, (last_page + 1) * args.keys.page_bytes);
+  device.elements(args.positions, tokens * args.k);
+  device.elements(args.counts, tokens);
+  args.device_seqs = device.seqs(args.seqs);
+  return args;
+}
+
 namespace {
 
 constexpr int32_t kPoison = 0x7B7B7B7B;
@@ -155,16 +174,21 @@ struct Problem {
   }
 };
 
+Device device_of(const std::string& name) {
+  for (const OpImpl<IndexSelectArgs>& impl : index_select_impls()) {
+    if (impl.name == name) return impl.device;
+  }
+  return Device::kCpu;
+}
+
 Selection run(const Problem& problem, const std::string& impl, int threads) {
-  Exec exec(threads);
-  exec.forced["index_select"] = impl;
   IndexSelectArgs args = problem.args;
   const int64_t tokens = std::ssize(problem.weights) / args.num_heads;
   Selection out{std::vector<int32_t>(static_cast<size_t>(tokens * args.k + kGuard), kPoison),
                 std::vector<int32_t>(static_cast<size_t>(tokens + kGuard), kPoison)};
   args.positions = out.positions.data();
   args.counts = out.counts.data();
-  index_select(exec, args);
+  run_on(device_of(impl), index_select, "index_select", impl, args, threads);
   for (std::vector<int32_t>* v : {&out.positions, &out.counts}) {
     const auto guard = v->end() - kGuard;
     EXPECT_EQ(std::count(guard, v->end(), kPoison), kGuard) << "wrote past the end";
@@ -265,7 +289,8 @@ class IndexSelect : public testing::TestWithParam<int> {
   void SetUp() override {
     const OpImpl<IndexSelectArgs>& entry = index_select_impls()[static_cast<size_t>(GetParam())];
     impl_ = entry.name;
-    if (!entry.supported({})) GTEST_SKIP() << "this CPU cannot run " << impl_;
+    if (!can_run(entry.device) || !entry.supported({}))
+      GTEST_SKIP() << "this machine cannot run " << impl_;
     printf("seed %llu\n", static_cast<unsigned long long>(kSeed));
   }
 
@@ -438,7 +463,7 @@ TEST_P(IndexSelect, IndependentOfThreadsAndOfTheBatch) {
     for (const int threads : {2, 3, 7}) {
       EXPECT_EQ(whole, run(problem, impl_, threads)) << describe(sizes) << " threads " << threads;
     }
-    Exec exec(2);
+    Exec exec(2, device_of(impl_));
     exec.forced["index_select"] = impl_;
     Selection single = whole;
     std::fill(single.positions.begin(), single.positions.end(), kPoison);
@@ -455,7 +480,7 @@ TEST_P(IndexSelect, IndependentOfThreadsAndOfTheBatch) {
           args.seqs = {&part, 1};
           args.positions = single.positions.data() + token * args.k;
           args.counts = single.counts.data() + token;
-          index_select(exec, args);
+          run_on(exec, index_select, args);
         }
         const auto range = [&](const Selection& s) {
           return std::vector<int32_t>(
@@ -496,7 +521,9 @@ TEST(IndexSelectContract, Int8SumsThatF32DoesNotHoldAreRefused) {
     if (!impl.supported(args)) continue;
     args.head_dim = 1040;
     const std::string name = impl.name;
-    EXPECT_EQ(impl.supported(args), name == "ref" || name == "avx512bf16") << name;
+    EXPECT_EQ(impl.supported(args),
+              name == "ref" || name == "avx512bf16" || impl.device == Device::kCuda)
+        << name;
   }
 }
 

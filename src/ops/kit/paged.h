@@ -50,4 +50,7 @@ struct SeqSpan {
   const int32_t* pages = nullptr;  // logical page -> page of the pool; shared by all layers
 };
 
+// Ops take the runs of a batch as a span that the host reads. On a GPU they also take the same runs
+// in its memory, with page tables there (`device_seqs`); the host's then need no page tables.
+
 }  // namespace indexcache

@@ -23,6 +23,14 @@ void run_rows(Exec& exec, const Args& args) {
 
 }  // namespace indexcache
 
+// Its line for a GPU, in builds that have it.
+#ifdef INDEXCACHE_CUDA
+#define INDEXCACHE_ROWS_CUDA_LINE(op) \
+  {"cuda", [](const auto&) { return true; }, op##_cuda, Device::kCuda},
+#else
+#define INDEXCACHE_ROWS_CUDA_LINE(op)
+#endif
+
 // The table of such an op. The bf16 dot product has nothing to offer it, so AVX-512 without it is
 // the best line.
 #define INDEXCACHE_ROWS_TABLE(table, Args, op)                                                    \
@@ -30,5 +38,6 @@ void run_rows(Exec& exec, const Args& args) {
       {"avx512", [](const Args&) { return cpu_features().avx512; },                               \
        run_rows<Args, avx512::op##_rows>},                                                        \
       {"avx2", [](const Args&) { return cpu_features().avx2; }, run_rows<Args, avx2::op##_rows>}, \
-      {"ref", [](const Args&) { return true; }, run_rows<Args, op##_ref_rows>},                   \
+      INDEXCACHE_ROWS_CUDA_LINE(op){"ref", [](const Args&) { return true; },                      \
+                                    run_rows<Args, op##_ref_rows>},                               \
   }

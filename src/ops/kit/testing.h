@@ -17,7 +17,9 @@
 
 #include "base/rng.h"
 #include "device/cpu_features.h"
+#include "device/gpus.h"
 #include "ops/kit/exec.h"
+#include "ops/kit/test_device.h"
 
 namespace indexcache {
 
@@ -36,18 +38,19 @@ inline uint64_t printed_seed() {
   return seed;
 }
 
-// The lines of INDEXCACHE_ROWS_TABLE except ref that this CPU can run; says which it cannot.
+// The lines of INDEXCACHE_ROWS_TABLE except ref that this machine can run; says which it cannot.
 inline std::vector<std::string> runnable_implementations() {
   std::vector<std::string> names;
   const auto add = [&](const char* name, bool runs) {
     if (runs) {
       names.emplace_back(name);
     } else {
-      std::printf("skipped: this CPU cannot run %s\n", name);
+      std::printf("skipped: this machine cannot run %s\n", name);
     }
   };
   add("avx512", cpu_features().avx512);
   add("avx2", cpu_features().avx2);
+  add("cuda", can_run(Device::kCuda));
   return names;
 }
 
@@ -55,9 +58,7 @@ inline std::vector<std::string> runnable_implementations() {
 template <class Args>
 void run_forced(void (*op)(Exec&, const Args&), const char* op_name, const std::string& impl,
                 const Args& args, int num_threads = 2) {
-  Exec exec(num_threads);
-  exec.forced[op_name] = impl;
-  op(exec, args);
+  run_on(impl == "cuda" ? Device::kCuda : Device::kCpu, op, op_name, impl, args, num_threads);
 }
 
 inline std::vector<float> random_floats(Rng& rng, int64_t count, float scale = 1) {

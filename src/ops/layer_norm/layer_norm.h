@@ -27,6 +27,7 @@ struct LayerNormArgs {
 void layer_norm(Exec& exec, const LayerNormArgs& args);
 
 void layer_norm_ref_rows(const LayerNormArgs& args, int64_t begin, int64_t end);
+void layer_norm_cuda(Exec& exec, const LayerNormArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void layer_norm_rows(const LayerNormArgs& args, int64_t begin,
                                                  int64_t end))
 

@@ -5,6 +5,15 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static LayerNormArgs to_device(DeviceOperands& device, LayerNormArgs args) {
+  device.rows(args.x, args.num_rows, args.row_elements, args.ldx);
+  device.elements(args.weight, args.row_elements);
+  device.elements(args.bias, args.row_elements);
+  device.rows(args.y, args.num_rows, args.row_elements, args.ldy);
+  return args;
+}
+
 namespace {
 
 constexpr float kEps = 1e-6f;

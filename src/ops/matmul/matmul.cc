@@ -21,6 +21,12 @@ const OpImpl<MatmulArgs> kMatmulImpls[] = {
     {"avx2", [](const MatmulArgs&) { return cpu_features().avx2; },
      [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx2::kMatmulKernels, exec, args); }},
     {"onednn", matmul_onednn_supported, matmul_onednn},
+#if defined(INDEXCACHE_CUDA) && !defined(INDEXCACHE_CUDA_EMULATION)
+    {"cublaslt", matmul_cublaslt_supported, matmul_cublaslt, Device::kCuda},
+#endif
+#ifdef INDEXCACHE_CUDA
+    {"cuda", [](const MatmulArgs&) { return true; }, matmul_cuda, Device::kCuda},
+#endif
     {"ref", [](const MatmulArgs&) { return true; }, matmul_ref},
 };
 

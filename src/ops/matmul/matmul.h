@@ -55,6 +55,31 @@ struct MatmulArgs {
 };
 
 void matmul(Exec& exec, const MatmulArgs& args);
+
+// The products of a mixture of experts, whose rows are decided on the device: rows
+// [row_begin[e], row_begin[e + 1]) of x and y are expert e's.
+//
+//   y[r, n] = sum_k x[r, k] * weights[e][n, k]
+//
+// Types, tolerance and edge cases are matmul's. Products with the same row_begin share a call. No
+// expert's rows overlap: row_begin ascends from 0 to num_rows.
+struct ExpertProduct {
+  const float* x = nullptr;  // [num_rows, k], row stride ldx
+  int64_t ldx = 0;
+  std::span<const Weight> weights;         // one an expert, all of one shape; on a GPU of one type
+  const Weight* device_weights = nullptr;  // on a GPU: `weights` in its memory
+  float* y = nullptr;                      // [num_rows, n], row stride ldy
+  int64_t ldy = 0;
+};
+
+struct MatmulExpertsArgs {
+  std::span<const ExpertProduct> products;
+  const int32_t* row_begin = nullptr;  // [experts + 1]
+  int64_t num_rows = 0;
+  Compute compute = Compute::kF32;
+};
+
+void matmul_experts(Exec& exec, const MatmulExpertsArgs& args);
 Cost matmul_cost(const MatmulArgs& args);
 
 }  // namespace indexcache

@@ -20,7 +20,15 @@ bool matmul_onednn_supported(const MatmulArgs& args);
 bool matmul_onednn_tiles_supported(const MatmulArgs& args);
 void matmul_onednn(Exec& exec, const MatmulArgs& args);
 
+// Any GPU.
+void matmul_cuda(Exec& exec, const MatmulArgs& args);
+void matmul_experts_cuda(Exec& exec, const MatmulExpertsArgs& args);
+// NVIDIA's library, where it is installed, for products of many rows.
+bool matmul_cublaslt_supported(const MatmulArgs& args);
+void matmul_cublaslt(Exec& exec, const MatmulArgs& args);
+
 // Best first. `ref` is last.
 std::span<const OpImpl<MatmulArgs>> matmul_impls();
+std::span<const OpImpl<MatmulExpertsArgs>> matmul_experts_impls();
 
 }  // namespace indexcache

@@ -13,9 +13,43 @@
 
 #include "base/checked.h"
 #include "base/rng.h"
+#include "ops/kit/test_device.h"
 #include "ops/matmul/matmul_impl.h"
 
 namespace indexcache {
+
+static void to_device(DeviceOperands& device, Weight& w) {
+  device.elements(w.data, w.rows * w.cols * dtype_bytes(w.dtype));
+  device.elements(w.scale_inv, ceil_div(w.rows, kScaleBlock) * ceil_div(w.cols, kScaleBlock));
+}
+
+static MatmulArgs to_device(DeviceOperands& device, MatmulArgs args) {
+  std::vector<MatmulGroup> groups(args.groups.begin(), args.groups.end());
+  for (MatmulGroup& group : groups) {
+    device.rows(group.x, group.m, group.w.cols, group.ldx);
+    to_device(device, group.w);
+    device.rows(group.y, group.m, group.w.rows, group.ldy);
+  }
+  args.groups = device.keep(std::move(groups));
+  return args;
+}
+
+static MatmulExpertsArgs to_device(DeviceOperands& device, MatmulExpertsArgs args) {
+  std::vector<ExpertProduct> products(args.products.begin(), args.products.end());
+  for (ExpertProduct& product : products) {
+    std::vector<Weight> weights(product.weights.begin(), product.weights.end());
+    for (Weight& w : weights) to_device(device, w);
+    device.rows(product.x, args.num_rows, weights[0].cols, product.ldx);
+    device.rows(product.y, args.num_rows, weights[0].rows, product.ldy);
+    product.device_weights = device.upload(weights);
+    product.weights = device.keep(std::move(weights));
+  }
+  // Also where there are no rows.
+  device.elements(args.row_begin, static_cast<int64_t>(products[0].weights.size()) + 1);
+  args.products = device.keep(std::move(products));
+  return args;
+}
+
 namespace {
 
 constexpr uint64_t kSeed = 20251;
@@ -102,15 +136,18 @@ std::unique_ptr<OwnedWeight> absolute(const OwnedWeight& weight) {
 std::vector<const char*> implementations(const MatmulArgs& args) {
   std::vector<const char*> names;
   for (const OpImpl<MatmulArgs>& impl : matmul_impls()) {
-    if (std::string_view(impl.name) != "ref" && impl.supported(args)) names.push_back(impl.name);
+    if (std::string_view(impl.name) != "ref" && can_run(impl.device) && impl.supported(args))
+      names.push_back(impl.name);
   }
   return names;
 }
 
 void run_as(const char* name, int num_threads, const MatmulArgs& args) {
-  Exec exec(num_threads);
-  exec.forced["matmul"] = name;
-  matmul(exec, args);
+  Device device = Device::kCpu;
+  for (const OpImpl<MatmulArgs>& impl : matmul_impls()) {
+    if (std::string_view(impl.name) == name) device = impl.device;
+  }
+  run_on(device, matmul, "matmul", name, args, num_threads);
 }
 
 // Same NaN and infinities, else |y - ref| <= 2 terms 2^-24 sum_of_absolutes.
@@ -384,6 +421,42 @@ TEST(Matmul, NanAndInfinityStayInTheirRowAndColumn) {
   }
 }
 
+// Large enough for the GPU's library; of x and y all alignments occur.
+TEST(Matmul, LargeProducts) {
+  Rng rng(kSeed + 6);
+  for (const DType dtype : kWeightTypes) {
+    for (const int64_t k : {512, 1001}) {
+      const int64_t m = 33, n = 300;
+      for (const bool aligned : {true, false}) {
+        const auto weight = random_weight(rng, dtype, n, k, aligned ? 0 : 1);
+        const auto abs_weight = absolute(*weight);
+        const int64_t ldx = aligned ? k + 7 - (k - 1) % 8 : k + 1, ldy = aligned ? n + 4 : n + 1;
+        const std::vector<float> x = random_floats(rng, m * ldx), abs_x = absolute(x);
+        for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+          for (const bool accumulate : {false, true}) {
+            const std::vector<float> start = random_floats(rng, m * ldy);
+            std::vector<float> ref = start, bound = absolute(start);
+            const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
+            const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
+            run_as("ref", 2, {{&group, 1}, compute, accumulate});
+            run_as("ref", 2, {{&abs_group, 1}, compute, accumulate});
+            for (const char* name : implementations({{&group, 1}, compute, accumulate})) {
+              std::vector<float> y = start;
+              MatmulGroup own = group;
+              own.y = y.data();
+              run_as(name, 2, {{&own, 1}, compute, accumulate});
+              expect_close(y, ref, bound, k + 1,
+                           fmt::format("{} {} k={} {}", name, dtype_name(dtype), k,
+                                       compute == Compute::kF32 ? "f32" : "bf16"));
+              if (HasFatalFailure()) return;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // Every row of a batch, of odd shapes and of more groups, has the bits that it has alone.
 TEST(Matmul, BatchInvariantRowsDependOnNothingElse) {
   Rng rng(kSeed + 5);
@@ -428,6 +501,60 @@ TEST(Matmul, BatchInvariantRowsDependOnNothingElse) {
               }
             }
           }
+        }
+      }
+    }
+  }
+}
+
+TEST(Matmul, ExpertsAreGroupsOfTheirRows) {
+  for (const OpImpl<MatmulExpertsArgs>& impl : matmul_experts_impls()) {
+    if (!can_run(impl.device)) continue;
+    Rng rng(kSeed + 5);
+    for (const DType dtype : kWeightTypes) {
+      for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+        for (const std::vector<int32_t>& rows : std::vector<std::vector<int32_t>>{
+                 {0, 0, 0}, {1, 0, 0}, {0, 3, 1, 0, 0}, {2, 2, 9, 40}, {0, 300, 17, 0, 1, 130}}) {
+          const int64_t n = 131, k = 150, num_experts = static_cast<int64_t>(rows.size());
+          std::vector<int32_t> row_begin = {0};
+          for (const int32_t count : rows) row_begin.push_back(row_begin.back() + count);
+          const int64_t total = row_begin.back(), ldx = k + 2, ldy = n + 3;
+          std::vector<std::unique_ptr<OwnedWeight>> owned;
+          std::vector<Weight> weights, abs_weights;
+          for (int64_t e = 0; e < 2 * num_experts; ++e) {
+            owned.push_back(random_weight(rng, dtype, n, k, dtype == DType::kF8E4M3 ? 0 : 16));
+            weights.push_back(owned.back()->w);
+          }
+          for (int64_t e = 0; e < 2 * num_experts; ++e) {
+            owned.push_back(absolute(*owned[static_cast<size_t>(e)]));
+            abs_weights.push_back(owned.back()->w);
+          }
+          const std::vector<float> x = random_floats(rng, total * ldx + 1), abs_x = absolute(x);
+          std::vector<float> y = poisoned(2 * total * ldy), ref = y, bound = y;
+          const auto groups = [&](const std::vector<float>& from, const std::vector<Weight>& of,
+                                  std::vector<float>& to) {
+            std::vector<MatmulGroup> list;
+            for (int64_t e = 0; e < 2 * num_experts; ++e) {
+              const int64_t begin = row_begin[static_cast<size_t>(e % num_experts)];
+              list.push_back({from.data() + begin * ldx, ldx,
+                              rows[static_cast<size_t>(e % num_experts)],
+                              of[static_cast<size_t>(e)],
+                              to.data() + (e / num_experts * total + begin) * ldy, ldy});
+            }
+            run_as("ref", 1, {list, compute});
+          };
+          groups(x, weights, ref);
+          groups(abs_x, abs_weights, bound);
+          const std::span<const Weight> all = weights;
+          const size_t experts = static_cast<size_t>(num_experts);
+          const ExpertProduct products[] = {
+              {x.data(), ldx, all.first(experts), nullptr, y.data(), ldy},
+              {x.data(), ldx, all.last(experts), nullptr, y.data() + total * ldy, ldy}};
+          run_on<MatmulExpertsArgs>(impl.device, matmul_experts, "matmul_experts", impl.name,
+                                    {products, row_begin.data(), total, compute}, 2);
+          expect_close(y, ref, bound, k,
+                       fmt::format("{} {} rows {} compute {}", impl.name, dtype_name(dtype), total,
+                                   static_cast<int>(compute)));
         }
       }
     }

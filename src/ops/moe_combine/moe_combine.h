@@ -26,6 +26,7 @@ struct MoeCombineArgs {
 void moe_combine(Exec& exec, const MoeCombineArgs& args);
 
 void moe_combine_ref_rows(const MoeCombineArgs& args, int64_t begin, int64_t end);
+void moe_combine_cuda(Exec& exec, const MoeCombineArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void moe_combine_rows(const MoeCombineArgs& args, int64_t begin,
                                                   int64_t end))
 

@@ -7,6 +7,15 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static MoeCombineArgs to_device(DeviceOperands& device, MoeCombineArgs args) {
+  device.elements(args.rows, args.num_rows * args.num_slots * args.row_elements);
+  device.elements(args.slots, args.num_rows * args.num_slots);
+  device.elements(args.weights, args.num_rows * args.num_slots);
+  device.elements(args.y, args.num_rows * args.row_elements);
+  return args;
+}
+
 namespace {
 
 struct Problem {

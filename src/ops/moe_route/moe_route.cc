@@ -8,6 +8,9 @@ namespace indexcache {
 namespace {
 
 constexpr OpImpl<MoeRouteArgs> kMoeRouteImpls[] = {
+#ifdef INDEXCACHE_CUDA
+    {"cuda", moe_route_cuda_supported, moe_route_cuda, Device::kCuda},
+#endif
     {"ref", [](const MoeRouteArgs&) { return true; }, moe_route_ref},
 };
 

@@ -10,9 +10,19 @@
 #include <vector>
 
 #include "base/rng.h"
+#include "ops/kit/test_device.h"
 #include "ops/moe_route/moe_route_impl.h"
 
 namespace indexcache {
+
+static MoeRouteArgs to_device(DeviceOperands& device, MoeRouteArgs args) {
+  device.elements(args.logits, args.num_tokens * args.n_routed_experts);
+  device.elements(args.correction_bias, args.n_routed_experts);
+  device.elements(args.experts, args.num_tokens * args.num_experts_per_tok);
+  device.elements(args.expert_weights, args.num_tokens * args.num_experts_per_tok);
+  return args;
+}
+
 namespace {
 
 constexpr uint64_t kSeed = 20252;
@@ -23,16 +33,33 @@ struct Routed {
   std::vector<float> weights;
 };
 
-Routed route(MoeRouteArgs args, const char* name = "ref", int num_threads = 2) {
+Routed route(MoeRouteArgs args, const char* name = "ref", int num_threads = 2,
+             Device device = Device::kCpu) {
   Routed routed;
   routed.experts.assign(static_cast<size_t>(args.num_tokens * args.num_experts_per_tok), -1);
   routed.weights.assign(routed.experts.size(), NAN);
   args.experts = routed.experts.data();
   args.expert_weights = routed.weights.data();
-  Exec exec(num_threads);
-  exec.forced["moe_route"] = name;
-  moe_route(exec, args);
+  run_on(device, moe_route, "moe_route", name, args, num_threads);
   return routed;
+}
+
+// With every implementation that this machine can run; they must agree.
+Routed route_all(const MoeRouteArgs& args) {
+  const Routed ref = route(args);
+  for (const OpImpl<MoeRouteArgs>& impl : moe_route_impls()) {
+    if (!can_run(impl.device) || !impl.supported(args)) continue;
+    const Routed routed = route(args, impl.name, 2, impl.device);
+    EXPECT_EQ(routed.experts, ref.experts) << impl.name;
+    for (size_t i = 0; i < ref.weights.size(); ++i) {
+      if (std::isnan(ref.weights[i])) {
+        EXPECT_TRUE(std::isnan(routed.weights[i])) << impl.name;
+      } else {
+        EXPECT_FLOAT_EQ(routed.weights[i], ref.weights[i]) << impl.name;
+      }
+    }
+  }
+  return ref;
 }
 
 MoeRouteArgs one_token(const std::vector<float>& logits, int64_t num_experts_per_tok) {
@@ -50,19 +77,19 @@ TEST(MoeRoute, TakesTheBestAndNormalises) {
   const std::vector<float> logits = {0.5f, -1, 2, 1};
   MoeRouteArgs args = one_token(logits, 2);
   args.routed_scaling_factor = 2.5f;
-  const Routed routed = route(args);
+  const Routed routed = route_all(args);
   EXPECT_EQ(routed.experts, (std::vector<int32_t>{2, 3}));
   const float sum = sigmoid(2) + sigmoid(1);
   EXPECT_FLOAT_EQ(routed.weights[0], sigmoid(2) / sum * 2.5f);
   EXPECT_FLOAT_EQ(routed.weights[1], sigmoid(1) / sum * 2.5f);
 
   args.norm_topk_prob = false;
-  EXPECT_FLOAT_EQ(route(args).weights[1], sigmoid(1) * 2.5f);
+  EXPECT_FLOAT_EQ(route_all(args).weights[1], sigmoid(1) * 2.5f);
 }
 
 TEST(MoeRoute, TiesGoToTheLowerExpert) {
   const std::vector<float> logits = {1, 3, 3, 1, 3, 1};
-  EXPECT_EQ(route(one_token(logits, 4)).experts, (std::vector<int32_t>{1, 2, 4, 0}));
+  EXPECT_EQ(route_all(one_token(logits, 4)).experts, (std::vector<int32_t>{1, 2, 4, 0}));
 }
 
 TEST(MoeRoute, BiasChangesTheChoiceAndNotTheWeight) {
@@ -70,7 +97,7 @@ TEST(MoeRoute, BiasChangesTheChoiceAndNotTheWeight) {
   const std::vector<float> bias = {0, 0, 0, 1};
   MoeRouteArgs args = one_token(logits, 2);
   args.correction_bias = bias.data();
-  const Routed routed = route(args);
+  const Routed routed = route_all(args);
   EXPECT_EQ(routed.experts, (std::vector<int32_t>{3, 0}));
   EXPECT_FLOAT_EQ(routed.weights[0], sigmoid(-1) / (sigmoid(-1) + sigmoid(2)));
   EXPECT_FLOAT_EQ(routed.weights[1], sigmoid(2) / (sigmoid(-1) + sigmoid(2)));
@@ -78,13 +105,13 @@ TEST(MoeRoute, BiasChangesTheChoiceAndNotTheWeight) {
 
 TEST(MoeRoute, NanRanksLast) {
   const std::vector<float> logits = {NAN, -50, NAN, 1, -kInfinity};
-  const Routed routed = route(one_token(logits, 5));
+  const Routed routed = route_all(one_token(logits, 5));
   EXPECT_EQ(routed.experts, (std::vector<int32_t>{3, 1, 4, 0, 2}));
 }
 
 TEST(MoeRoute, AllExperts) {
   const std::vector<float> logits = {0, 1, 2};
-  const Routed routed = route(one_token(logits, 3));
+  const Routed routed = route_all(one_token(logits, 3));
   EXPECT_EQ(routed.experts, (std::vector<int32_t>{2, 1, 0}));
   EXPECT_NEAR(routed.weights[0] + routed.weights[1] + routed.weights[2], 1, 1e-6);
 }
@@ -95,9 +122,9 @@ TEST(MoeRoute, GroupIsJudgedByItsTwoBest) {
   MoeRouteArgs args = one_token(logits, 3);
   args.n_group = 3;
   args.topk_group = 1;
-  EXPECT_EQ(route(args).experts, (std::vector<int32_t>{3, 4, 5}));
+  EXPECT_EQ(route_all(args).experts, (std::vector<int32_t>{3, 4, 5}));
   args.topk_group = 2;
-  EXPECT_EQ(route(args).experts, (std::vector<int32_t>{0, 3, 4}));
+  EXPECT_EQ(route_all(args).experts, (std::vector<int32_t>{0, 3, 4}));
 }
 
 TEST(MoeRoute, LeftOutExpertsStayOutEvenBehindNan) {
@@ -107,12 +134,12 @@ TEST(MoeRoute, LeftOutExpertsStayOutEvenBehindNan) {
   args.topk_group = 1;
   const std::vector<float> bias = {-kInfinity, -kInfinity, -kInfinity, 0, 0, 0};
   args.correction_bias = bias.data();
-  const Routed routed = route(args);
+  const Routed routed = route_all(args);
   // Both groups score -infinity: the lower group is taken.
   EXPECT_EQ(routed.experts, (std::vector<int32_t>{0, 1, 2}));
   const std::vector<float> logits2 = {0, 0, 0, 5, 5, NAN};
   args.logits = logits2.data();
-  EXPECT_EQ(route(args).experts, (std::vector<int32_t>{3, 4, 5}));
+  EXPECT_EQ(route_all(args).experts, (std::vector<int32_t>{3, 4, 5}));
 }
 
 TEST(MoeRoute, EveryImplementationAgreesWithRefAndWithItself) {
@@ -135,9 +162,9 @@ TEST(MoeRoute, EveryImplementationAgreesWithRefAndWithItself) {
         args.topk_group = n_group == 1 ? 1 : 2;
         const Routed ref = route(args, "ref", 1);
         for (const OpImpl<MoeRouteArgs>& impl : moe_route_impls()) {
-          if (!impl.supported(args)) continue;
+          if (!can_run(impl.device) || !impl.supported(args)) continue;
           for (const int num_threads : {1, 2, 3}) {
-            const Routed routed = route(args, impl.name, num_threads);
+            const Routed routed = route(args, impl.name, num_threads, impl.device);
             ASSERT_EQ(routed.experts, ref.experts) << impl.name;
             for (size_t i = 0; i < ref.weights.size(); ++i) {
               ASSERT_NEAR(routed.weights[i], ref.weights[i], 4 * 0x1.0p-23 * ref.weights[i])

@@ -26,6 +26,7 @@ struct RmsNormArgs {
 void rms_norm(Exec& exec, const RmsNormArgs& args);
 
 void rms_norm_ref_rows(const RmsNormArgs& args, int64_t begin, int64_t end);
+void rms_norm_cuda(Exec& exec, const RmsNormArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end))
 
 }  // namespace indexcache

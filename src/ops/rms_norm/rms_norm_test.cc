@@ -5,6 +5,14 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static RmsNormArgs to_device(DeviceOperands& device, RmsNormArgs args) {
+  device.rows(args.x, args.num_rows, args.row_elements, args.ldx);
+  device.elements(args.weight, args.row_elements);
+  device.rows(args.y, args.num_rows, args.row_elements, args.ldy);
+  return args;
+}
+
 namespace {
 
 struct Problem {

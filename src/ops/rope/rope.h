@@ -33,6 +33,7 @@ struct RopeArgs {
 void rope(Exec& exec, const RopeArgs& args);
 
 void rope_ref_rows(const RopeArgs& args, int64_t begin, int64_t end);
+void rope_cuda(Exec& exec, const RopeArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void rope_rows(const RopeArgs& args, int64_t begin, int64_t end))
 
 }  // namespace indexcache

@@ -6,6 +6,20 @@
 #include "ops/rope/rope_table.h"
 
 namespace indexcache {
+
+static RopeArgs to_device(DeviceOperands& device, RopeArgs args) {
+  const auto extent = [&](int64_t ld, int64_t head_stride) {
+    return args.num_rows == 0
+               ? 0
+               : (args.num_rows - 1) * ld + (args.num_heads - 1) * head_stride + args.rope_dim;
+  };
+  device.elements(args.x, extent(args.ldx, args.x_head_stride));
+  device.elements(args.cos, args.num_rows * args.rope_dim / 2);
+  device.elements(args.sin, args.num_rows * args.rope_dim / 2);
+  device.elements(args.y, extent(args.ldy, args.y_head_stride));
+  return args;
+}
+
 namespace {
 
 constexpr int64_t kHeads = 3;

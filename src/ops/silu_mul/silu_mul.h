@@ -22,6 +22,7 @@ struct SiluMulArgs {
 void silu_mul(Exec& exec, const SiluMulArgs& args);
 
 void silu_mul_ref_rows(const SiluMulArgs& args, int64_t begin, int64_t end);
+void silu_mul_cuda(Exec& exec, const SiluMulArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void silu_mul_rows(const SiluMulArgs& args, int64_t begin, int64_t end))
 
 }  // namespace indexcache

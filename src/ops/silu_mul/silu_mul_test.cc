@@ -5,6 +5,14 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static SiluMulArgs to_device(DeviceOperands& device, SiluMulArgs args) {
+  device.elements(args.gate, args.num_rows * args.row_elements);
+  device.elements(args.up, args.num_rows * args.row_elements);
+  device.elements(args.y, args.num_rows * args.row_elements);
+  return args;
+}
+
 namespace {
 
 struct Problem {

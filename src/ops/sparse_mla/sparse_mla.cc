@@ -115,10 +115,17 @@ constexpr OpImpl<SparseMlaArgs> kTable[] = {
     INDEXCACHE_SPARSE_MLA_IMPL(avx512bf16, avx512_bf16),
     INDEXCACHE_SPARSE_MLA_IMPL(avx512, avx512),
     INDEXCACHE_SPARSE_MLA_IMPL(avx2, avx2),
+#if defined(INDEXCACHE_CUDA) && !defined(INDEXCACHE_CUDA_EMULATION)
+    {"sm90", sparse_mla_hopper_supported, sparse_mla_hopper, Device::kCuda},
+#endif
+#ifdef INDEXCACHE_CUDA
+    {"cuda_mma", sparse_mla_cuda_mma_supported, sparse_mla_cuda_mma, Device::kCuda},
+    {"cuda", sparse_mla_cuda_supported, sparse_mla_cuda, Device::kCuda},
+#endif
     {"ref", [](const SparseMlaArgs&) { return true; }, sparse_mla_ref},
 };
 
-void check_contract(const SparseMlaArgs& args) {
+void check_contract(Device device, const SparseMlaArgs& args) {
   CHECK_GE(args.num_heads, 1);
   CHECK_LE(args.num_heads, 128);
   CHECK_GE(args.value_dim, 2);
@@ -138,6 +145,8 @@ void check_contract(const SparseMlaArgs& args) {
   if (num_tokens == 0) return;
   CHECK(args.q != nullptr && args.out != nullptr && args.counts != nullptr &&
         args.positions != nullptr && args.rows.base != nullptr);
+  CHECK(device == Device::kCpu || args.device_seqs != nullptr);
+  if (device == Device::kCuda) return;  // the host cannot look at the selection
   for (const SeqSpan& seq : args.seqs) {
     for (int64_t i = 0; i < seq.num_tokens; ++i) {
       const int64_t token = seq.token_begin + i;
@@ -159,11 +168,16 @@ void check_contract(const SparseMlaArgs& args) {
 
 std::span<const OpImpl<SparseMlaArgs>> sparse_mla_impls() { return kTable; }
 
-Cost sparse_mla_cost(const SparseMlaArgs& args) {
+Cost sparse_mla_cost(Device device, const SparseMlaArgs& args) {
   double pairs = 0, tokens = 0;
   for (const SeqSpan& seq : args.seqs) {
     tokens += static_cast<double>(seq.num_tokens);
-    for (int64_t i = 0; i < seq.num_tokens; ++i) pairs += args.counts[seq.token_begin + i];
+    for (int64_t i = 0; i < seq.num_tokens; ++i) {
+      // On a GPU as many as the indexer selects.
+      const int64_t count = device == Device::kCpu ? args.counts[seq.token_begin + i]
+                                                   : std::min(args.k, seq.first_position + i + 1);
+      pairs += static_cast<double>(count);
+    }
   }
   const double dims = static_cast<double>(args.rows.row_elements + args.value_dim);
   const double heads = static_cast<double>(args.num_heads);
@@ -174,8 +188,9 @@ Cost sparse_mla_cost(const SparseMlaArgs& args) {
 }
 
 void sparse_mla(Exec& exec, const SparseMlaArgs& args) {
-  check_contract(args);
-  run_op(exec, "sparse_mla", kTable, args, sparse_mla_cost(args));
+  check_contract(exec.device, args);
+  run_op(exec, "sparse_mla", kTable, args,
+         exec.profile != nullptr ? sparse_mla_cost(exec.device, args) : Cost{});
 }
 
 }  // namespace indexcache

@@ -54,10 +54,11 @@ struct SparseMlaArgs {
   const int32_t* positions = nullptr;  // [num_tokens, k] ascending
   const int32_t* counts = nullptr;     // [num_tokens]
   int64_t k = 0;
-  float* out = nullptr;  // [num_tokens, num_heads, value_dim]
+  float* out = nullptr;                  // [num_tokens, num_heads, value_dim]
+  const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
 };
 
 void sparse_mla(Exec& exec, const SparseMlaArgs& args);
-Cost sparse_mla_cost(const SparseMlaArgs& args);
+Cost sparse_mla_cost(Device device, const SparseMlaArgs& args);
 
 }  // namespace indexcache

@@ -149,7 +149,7 @@ void run(benchmark::State& state, const Shape& shape, const OpImpl<SparseMlaArgs
     best_cpu = std::min(best_cpu, process_cpu_seconds() - cpu_start);
     benchmark::DoNotOptimize(out.data());
   }
-  const Cost cost = sparse_mla_cost(args);
+  const Cost cost = sparse_mla_cost(Device::kCpu, args);
   const double gathered = static_cast<double>(shape.num_tokens * shape.k * row_bytes);
   state.counters["GFLOP/s"] = cost.flops / best * 1e-9;
   state.counters["peak_GFLOP/s"] = ceiling * 1e-9;

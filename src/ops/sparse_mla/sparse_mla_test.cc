@@ -11,10 +11,31 @@
 #include "base/checked.h"
 #include "base/rng.h"
 #include "device/cpu_features.h"
+#include "ops/kit/test_device.h"
 #include "ops/sparse_mla/sparse_mla_cpu.h"
 #include "ops/sparse_mla/sparse_mla_impl.h"
 
 namespace indexcache {
+
+static SparseMlaArgs to_device(DeviceOperands& device, SparseMlaArgs args) {
+  int64_t tokens = 0;
+  int32_t last_page = -1;
+  for (const SeqSpan& seq : args.seqs) {
+    tokens += seq.num_tokens;
+    for (int64_t p = 0; p < ceil_div(seq.first_position + seq.num_tokens, kPageTokens); ++p)
+      last_page = std::max(last_page, seq.pages[p]);
+  }
+  device.elements(args.q, tokens * args.num_heads * args.rows.row_elements);
+  // The last page ends with its last row.
+  device.pool(args.rows, last_page * args.rows.page_bytes +
+                             kPageTokens * args.rows.row_elements * dtype_bytes(args.rows.dtype));
+  device.elements(args.positions, tokens * args.k);
+  device.elements(args.counts, tokens);
+  device.elements(args.out, tokens * args.num_heads * args.value_dim);
+  args.device_seqs = device.seqs(args.seqs);
+  return args;
+}
+
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -98,10 +119,7 @@ struct Problem {
                                  : reinterpret_cast<const float*>(row)[element];
   }
 
-  std::vector<float> run(const std::string& impl, int num_threads) const {
-    // Poison, and a guard behind the end.
-    std::vector<float> out(static_cast<size_t>(num_tokens * num_heads * value_dim + 64), kNaN);
-    for (int i = 0; i < 64; ++i) out[out.size() - 64 + i] = 7;
+  SparseMlaArgs arguments() const {
     SparseMlaArgs args;
     args.q = q.data();
     args.num_heads = num_heads;
@@ -112,10 +130,20 @@ struct Problem {
     args.positions = positions.data();
     args.counts = counts.data();
     args.k = k;
+    return args;
+  }
+
+  std::vector<float> run(const std::string& impl, int num_threads) const {
+    // Poison, and a guard behind the end.
+    std::vector<float> out(static_cast<size_t>(num_tokens * num_heads * value_dim + 64), kNaN);
+    for (int i = 0; i < 64; ++i) out[out.size() - 64 + i] = 7;
+    SparseMlaArgs args = arguments();
     args.out = out.data();
-    Exec exec(num_threads);
-    exec.forced["sparse_mla"] = impl;
-    sparse_mla(exec, args);
+    Device device = Device::kCpu;
+    for (const OpImpl<SparseMlaArgs>& entry : sparse_mla_impls()) {
+      if (entry.name == impl) device = entry.device;
+    }
+    run_on(device, sparse_mla, "sparse_mla", impl, args, num_threads);
     for (int i = 0; i < 64; ++i) EXPECT_EQ(out[out.size() - 64 + i], 7) << "wrote past the end";
     out.resize(out.size() - 64);
     return out;
@@ -172,14 +200,14 @@ struct Problem {
 
 const std::vector<int64_t> kCounts = {0, 1, 2, 3, 127, 128, 129, 255, 257, 1000};
 
-std::vector<std::string> fast_impls() {
+std::vector<std::string> fast_impls(const Problem& problem) {
   std::vector<std::string> names;
   for (const OpImpl<SparseMlaArgs>& impl : sparse_mla_impls()) {
     if (impl.name == std::string("ref")) continue;
-    if (impl.supported({})) {
+    if (can_run(impl.device) && impl.supported(problem.arguments())) {
       names.push_back(impl.name);
     } else {
-      std::printf("skipped: this CPU cannot run %s\n", impl.name);
+      std::printf("skipped: this machine cannot run %s with these sizes\n", impl.name);
     }
   }
   return names;
@@ -189,7 +217,7 @@ constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
 
 void expect_all_close(const Problem& problem, const std::string& what) {
   const std::vector<float> ref = problem.run("ref", 2);
-  for (const std::string& impl : fast_impls()) {
+  for (const std::string& impl : fast_impls(problem)) {
     problem.expect_close(problem.run(impl, 2), ref,
                          fmt::format("{} {} heads {} dims {}+{}", impl, what, problem.num_heads,
                                      problem.value_dim, problem.row_elements - problem.value_dim));
@@ -239,7 +267,7 @@ TEST(SparseMla, HugeLogitsAreOneHot) {
       Problem problem(5, 5, 34, 16, 600, dtype, {{900, num_tokens}}, {600});
       problem.scale = 1e4f;
       const std::vector<float> ref = problem.run("ref", 2);
-      for (const std::string& impl : fast_impls()) {
+      for (const std::string& impl : fast_impls(problem)) {
         const std::vector<float> out = problem.run(impl, 2);
         problem.expect_close(out, ref, impl);
         for (int64_t token = 0; token < num_tokens; ++token) {
@@ -278,7 +306,7 @@ TEST(SparseMla, NaNStaysWithinItsTokenAndHead) {
     EXPECT_TRUE(std::isnan(ref[(69 * 20 + 2) * 66]));
     EXPECT_EQ(std::isnan(ref[(71 * 20 + 4) * 66]), problem.counts[71] > 0);
     EXPECT_FALSE(std::isnan(ref[(71 * 20 + 5) * 66]));
-    for (const std::string& impl : fast_impls())
+    for (const std::string& impl : fast_impls(problem))
       problem.expect_close(problem.run(impl, 2), ref, impl);
   }
 }
@@ -287,7 +315,7 @@ TEST(SparseMla, SameBitsForAnyNumberOfThreads) {
   for (const int64_t num_tokens : {1, 5, 80}) {
     for (const DType dtype : kDTypes) {
       const Problem problem(9, 20, 130, 16, 700, dtype, {{900, num_tokens}}, {700, 3, 260});
-      for (const std::string& impl : fast_impls()) {
+      for (const std::string& impl : fast_impls(problem)) {
         const std::vector<float> one = problem.run(impl, 1);
         for (const int threads : {2, 3}) {
           const std::vector<float> many = problem.run(impl, threads);
@@ -302,7 +330,7 @@ TEST(SparseMla, SameBitsForAnyNumberOfThreads) {
 TEST(SparseMla, BatchEqualsTokensOneByOne) {
   for (const DType dtype : kDTypes) {
     const Problem batch(10, 8, 128, 32, 256, dtype, {{300, 33}, {600, 33}}, {256, 17, 200});
-    for (const std::string& impl : fast_impls()) {
+    for (const std::string& impl : fast_impls(batch)) {
       std::vector<float> singles;
       for (const SeqSpan& seq : batch.seqs) {
         for (int64_t i = 0; i < seq.num_tokens; ++i) {

@@ -21,11 +21,13 @@ struct StoreRowsArgs {
   int64_t num_rows = 0;
   std::span<const SeqSpan> seqs;  // cover rows [0, num_rows) in order
   PagedRows rows;
+  const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
 };
 
 void store_rows(Exec& exec, const StoreRowsArgs& args);
 
 void store_rows_ref_rows(const StoreRowsArgs& args, int64_t begin, int64_t end);
+void store_rows_cuda(Exec& exec, const StoreRowsArgs& args);
 INDEXCACHE_DECLARE_FOR_ISAS(void store_rows_rows(const StoreRowsArgs& args, int64_t begin,
                                                  int64_t end))
 

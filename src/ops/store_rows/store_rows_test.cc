@@ -9,6 +9,20 @@
 #include "ops/kit/testing.h"
 
 namespace indexcache {
+
+static StoreRowsArgs to_device(DeviceOperands& device, StoreRowsArgs args) {
+  device.rows(args.x, args.num_rows, args.rows.row_elements, args.ldx);
+  int32_t last_page = 0;
+  for (const SeqSpan& seq : args.seqs) {
+    const int64_t end = seq.first_position + seq.num_tokens;
+    for (int64_t p = 0; p < (end + kPageTokens - 1) / kPageTokens; ++p)
+      last_page = std::max(last_page, seq.pages[p]);
+  }
+  device.pool(args.rows, (last_page + 1) * args.rows.page_bytes);
+  args.device_seqs = device.seqs(args.seqs);
+  return args;
+}
+
 namespace {
 
 constexpr uint8_t kPoison = 0xA5;

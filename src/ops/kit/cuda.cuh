@@ -1,0 +1,205 @@
+// What the kernels of our ops share: exact conversions of checkpoint types, sums over a warp or a
+// block, and the way from a token to its row of the cache.
+#pragma once
+
+#include <cstdint>
+
+#include "device/cuda.cuh"
+#include "ops/kit/paged.h"
+#include "tensor/dtype.h"
+
+namespace indexcache {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+inline constexpr int kWarpLanes = 32;
+
+template <class T>
+__host__ __device__ constexpr T ceil_div_cuda(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
+__device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7FC00000u); }
+
+// --- types: the same bits as tensor/dtype.h ---
+
+__device__ __forceinline__ float bf16_bits_to_f32(uint32_t bits) {
+  return __uint_as_float(bits << 16);
+}
+
+__device__ __forceinline__ uint32_t f32_to_bf16_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (bits >> 16) | 0x40u;
+  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+__device__ __forceinline__ float rounded_to_bf16(float value) {
+  return bf16_bits_to_f32(f32_to_bf16_bits(value));
+}
+
+// Two in one register, the first in the low half, as mma takes them.
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  return f32_to_bf16_bits(low) | (f32_to_bf16_bits(high) << 16);
+}
+
+// Moved to the exponent of f32 and multiplied by what the biases differ: exact, subnormals too.
+__device__ __forceinline__ float f16_bits_to_f32(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16, rest = (bits & 0x7FFFu) << 13;
+  const uint32_t value = rest >= 0x0F800000u  // infinity and NaN
+                             ? rest | 0x7F800000u
+                             : __float_as_uint(__uint_as_float(rest) * 0x1p112f);
+  return __uint_as_float(sign | value);
+}
+
+__device__ __forceinline__ float f8e4m3_bits_to_f32(uint32_t bits) {
+  const uint32_t sign = (bits & 0x80u) << 24, rest = bits & 0x7Fu;
+  const uint32_t value =
+      rest == 0x7Fu ? 0x7FC00000u : __float_as_uint(__uint_as_float(rest << 20) * 0x1p120f);
+  return __uint_as_float(sign | value);
+}
+
+// Element `i` of memory that may be unaligned.
+template <DType dtype>
+__device__ __forceinline__ float element_at(const uint8_t* data, int64_t i) {
+  if constexpr (dtype == DType::kF8E4M3) {
+    return f8e4m3_bits_to_f32(data[i]);
+  } else if constexpr (dtype == DType::kF32) {
+    const uint8_t* at = data + 4 * i;
+    if (reinterpret_cast<uintptr_t>(data) % 4 == 0) return *reinterpret_cast<const float*>(at);
+    return __uint_as_float(static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[1]) << 8 |
+                           static_cast<uint32_t>(at[2]) << 16 | static_cast<uint32_t>(at[3]) << 24);
+  } else {
+    const uint8_t* at = data + 2 * i;
+    const uint32_t bits = reinterpret_cast<uintptr_t>(data) % 2 == 0
+                              ? *reinterpret_cast<const uint16_t*>(at)
+                              : static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[1]) << 8;
+    return dtype == DType::kBF16 ? bf16_bits_to_f32(bits) : f16_bits_to_f32(bits);
+  }
+}
+
+// Calls body.template operator()<dtype>() for the type of a weight.
+template <class Body>
+void for_weight_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kF32:
+      return body.template operator()<DType::kF32>();
+    case DType::kF16:
+      return body.template operator()<DType::kF16>();
+    case DType::kBF16:
+      return body.template operator()<DType::kBF16>();
+    case DType::kF8E4M3:
+      return body.template operator()<DType::kF8E4M3>();
+    default:
+      CHECK(false);
+  }
+}
+
+// --- sums, in an order that depends on the block size alone ---
+
+__device__ __forceinline__ float warp_sum(float value) {
+  for (int bits = kWarpLanes / 2; bits > 0; bits /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, bits);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+  for (int bits = kWarpLanes / 2; bits > 0; bits /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, bits));
+  return value;
+}
+
+// Every thread gets the sum. A block of one dimension, whole warps.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float of_warp[kWarpLanes];
+  value = warp_sum(value);
+  __syncthreads();  // of an earlier sum
+  if (threadIdx.x % kWarpLanes == 0) of_warp[threadIdx.x / kWarpLanes] = value;
+  __syncthreads();
+  float sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarpLanes; ++warp) sum += of_warp[warp];
+  return sum;
+}
+
+// What lies before this thread in the block, and all of it.
+struct BlockScan {
+  uint32_t before, total;
+};
+
+__device__ __forceinline__ BlockScan block_scan(uint32_t value) {
+  __shared__ uint32_t of_warp[kWarpLanes];
+  const unsigned lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  uint32_t sum = value;
+  for (unsigned delta = 1; delta < kWarpLanes; delta *= 2) {
+    const uint32_t left = __shfl_up_sync(kAllLanes, sum, delta);
+    if (lane >= delta) sum += left;
+  }
+  __syncthreads();  // of an earlier scan
+  if (lane == kWarpLanes - 1) of_warp[warp] = sum;
+  __syncthreads();
+  BlockScan scan{sum - value, 0};
+  for (unsigned w = 0; w < blockDim.x / kWarpLanes; ++w) {
+    if (w < warp) scan.before += of_warp[w];
+    scan.total += of_warp[w];
+  }
+  return scan;
+}
+
+// --- int8 rows, as quantise_row of ops/kit/int8_rows.h makes them ---
+
+// The scale of a row that the whole block reads; every thread gets it.
+__device__ __forceinline__ float block_int8_scale(const float* x, int64_t n) {
+  __shared__ float of_warp[kWarpLanes];
+  float largest = 0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const float size = fabsf(x[i]);
+    // Not finite: infinity stands for it, because fmaxf would drop a NaN.
+    largest = fmaxf(largest, size < -minus_infinity() ? size : -minus_infinity());
+  }
+  largest = warp_max(largest);
+  __syncthreads();  // of an earlier row
+  if (threadIdx.x % kWarpLanes == 0) of_warp[threadIdx.x / kWarpLanes] = largest;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / kWarpLanes; ++warp)
+    largest = fmaxf(largest, of_warp[warp]);
+  return largest < -minus_infinity() ? largest / 127 : quiet_nan();
+}
+
+__device__ __forceinline__ int8_t quantised(float x, float scale) {
+  if (!(scale > 0)) return 0;
+  return static_cast<int8_t>(nearbyintf(fminf(fmaxf(x / scale, -127.0f), 127.0f)));
+}
+
+// --- tokens of a ragged batch ---
+
+// The run that row `token` belongs to: the last one that begins at or before it.
+__device__ __forceinline__ int find_seq(const SeqSpan* seqs, int num_seqs, int64_t token) {
+  int low = 0, high = num_seqs;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (seqs[middle].token_begin <= token) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ uint8_t* paged_row(const PagedRows& rows, int64_t row_bytes,
+                                              const int32_t* pages, int64_t position) {
+  return rows.base + pages[position / kPageTokens] * rows.page_bytes +
+         position % kPageTokens * row_bytes;
+}
+
+__device__ __forceinline__ float* paged_scale(const PagedRows& rows, const int32_t* pages,
+                                              int64_t position) {
+  return reinterpret_cast<float*>(rows.base + pages[position / kPageTokens] * rows.page_bytes +
+                                  kPageTokens * rows.row_elements) +
+         position % kPageTokens;
+}
+
+inline dim3 blocks_for(int64_t items, int64_t per_block) {
+  return dim3(static_cast<unsigned>(ceil_div_cuda(items, per_block)));
+}
+
+}  // namespace indexcache

@@ -1,0 +1,27 @@
+#include "ops/silu_mul/silu_mul.h"
+
+#include "ops/kit/cuda.cuh"
+
+namespace indexcache {
+
+namespace {
+
+constexpr unsigned kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= args.num_rows * args.row_elements) return;
+  const float z = args.gate[i];
+  // Below, exp overflows; the limit is 0.
+  args.y[i] = (z < -87.3f ? 0.0f : z / (1 + expf(-z))) * args.up[i];
+}
+
+}  // namespace
+
+void silu_mul_cuda(Exec& exec, const SiluMulArgs& args) {
+  const int64_t count = args.num_rows * args.row_elements;
+  if (count == 0) return;
+  launch(silu_mul_kernel, blocks_for(count, kThreads), kThreads, 0, exec.cuda(), args);
+}
+
+}  // namespace indexcache
