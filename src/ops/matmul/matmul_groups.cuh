@@ -2,7 +2,7 @@
 // experts, from row numbers that only the GPU knows.
 #pragma once
 
-#include "ops/kit/cuda.cuh"
+#include "ops/kit/expert_tiles.cuh"
 #include "ops/matmul/matmul.h"
 #include "ops/matmul/matmul_impl.h"
 
@@ -37,8 +37,7 @@ struct ListedProducts {
   }
 };
 
-// Blocks along y are tiles of rows of all experts, one expert after the other. Since a tile never
-// holds rows of two experts, there are at most num_rows / kRows + num_experts.
+// Blocks along y are tiles of rows of all experts.
 struct ExpertProducts {
   ExpertProduct product;  // weights in GPU memory
   const int32_t* row_begin;
@@ -46,37 +45,21 @@ struct ExpertProducts {
 
   template <int kRows>
   __device__ CudaTile tile() const {
-    __shared__ int32_t found_expert, found_tile;
-    if (threadIdx.x == 0) found_expert = -1;
-    __syncthreads();
-    uint32_t tiles_before = 0;
-    for (int32_t first = 0; first < num_experts; first += static_cast<int32_t>(blockDim.x)) {
-      const int32_t e = first + static_cast<int32_t>(threadIdx.x);
-      const int32_t rows = e < num_experts ? row_begin[e + 1] - row_begin[e] : 0;
-      const uint32_t tiles = static_cast<uint32_t>(ceil_div_cuda(rows, kRows));
-      const BlockScan scan = block_scan(tiles);
-      const uint32_t begin = tiles_before + scan.before;
-      if (blockIdx.y >= begin && blockIdx.y < begin + tiles) {
-        found_expert = e;
-        found_tile = static_cast<int32_t>(blockIdx.y - begin);
-      }
-      tiles_before += scan.total;
-    }
-    __syncthreads();
+    const ExpertTile found = find_expert_tile(row_begin, num_experts, kRows, blockIdx.y);
     CudaTile tile = {};
-    if (found_expert < 0) return tile;
-    const int64_t begin = row_begin[found_expert];
-    const Weight& w = product.device_weights[found_expert];
+    if (found.expert < 0) return tile;
+    const int64_t begin = row_begin[found.expert];
+    const Weight& w = product.device_weights[found.expert];
     tile.product = {product.x + begin * product.ldx,
                     product.y + begin * product.ldy,
                     w.data,
                     w.scale_inv,
                     product.ldx,
                     product.ldy,
-                    static_cast<int32_t>(row_begin[found_expert + 1] - begin),
+                    static_cast<int32_t>(found.end - begin),
                     n,
                     k};
-    tile.row = static_cast<int64_t>(found_tile) * kRows;
+    tile.row = found.row - begin;
     return tile;
   }
 };
