@@ -30,7 +30,7 @@ const OpImpl<MatmulArgs> kMatmulImpls[] = {
     {"ref", [](const MatmulArgs&) { return true; }, matmul_ref},
 };
 
-void check_group(const MatmulGroup& group) {
+void check_group(const Exec& exec, const MatmulArgs& args, const MatmulGroup& group) {
   const Weight& w = group.w;
   CHECK_GE(group.m, 0);
   CHECK_GE(w.rows, 0);
@@ -38,13 +38,16 @@ void check_group(const MatmulGroup& group) {
   CHECK(w.dtype == DType::kF32 || w.dtype == DType::kF16 || w.dtype == DType::kBF16 ||
         w.dtype == DType::kF8E4M3);
   if (group.m == 0 || w.rows == 0) return;
-  CHECK(group.y != nullptr);
+  CHECK((group.y != nullptr) != (group.y16 != nullptr));
+  if (group.x16 != nullptr || group.y16 != nullptr)
+    CHECK(exec.device == Device::kCuda && args.compute == Compute::kBF16);
+  CHECK(group.y16 == nullptr || !args.accumulate);
   if (group.m > 1) {
     CHECK_GE(group.ldx, w.cols);
     CHECK_GE(group.ldy, w.rows);
   }
   if (w.cols == 0) return;
-  CHECK(group.x != nullptr);
+  CHECK((group.x != nullptr) != (group.x16 != nullptr));
   CHECK(w.data != nullptr);
   CHECK(w.dtype != DType::kF8E4M3 || w.scale_inv != nullptr);
 }
@@ -61,7 +64,12 @@ Cost matmul_cost(const MatmulArgs& args) {
     const auto k = static_cast<double>(group.w.cols);
     if (group.m == 0) continue;
     cost.flops += 2 * m * n * k;
-    cost.bytes += 4 * m * (k + n * (args.accumulate ? 2 : 1)) + n * k * dtype_bytes(group.w.dtype);
+    cost.bytes += m * k * (group.x16 != nullptr ? 2 : 4) +
+                  m * n *
+                      (group.y16 != nullptr ? 2
+                       : args.accumulate    ? 8
+                                            : 4) +
+                  n * k * dtype_bytes(group.w.dtype);
   }
   return cost;
 }
@@ -69,7 +77,7 @@ Cost matmul_cost(const MatmulArgs& args) {
 void matmul(Exec& exec, const MatmulArgs& args_in) {
   MatmulArgs args = args_in;
   args.batch_invariant = exec.batch_invariant;
-  for (const MatmulGroup& group : args.groups) check_group(group);
+  for (const MatmulGroup& group : args.groups) check_group(exec, args, group);
   run_op(exec, "matmul", kMatmulImpls, args, exec.profile != nullptr ? matmul_cost(args) : Cost{});
 }
 

@@ -33,6 +33,10 @@ struct MatmulGroup {
   Weight w;            // [n, k]
   float* y = nullptr;  // [m, n], row stride ldy
   int64_t ldy = 0;
+  // On a GPU with Compute::kBF16 x may be bf16 already, and y rounded to it: given instead of x and
+  // y, with the same strides. y16 does not go with `accumulate`.
+  const uint16_t* x16 = nullptr;
+  uint16_t* y16 = nullptr;
 };
 
 struct MatmulArgs {

@@ -1,10 +1,10 @@
-// matmul for any GPU: a kernel for few rows, which reads every weight once, a tile of tensor core
-// products for bf16, and a tile of f32 products. Weights of every type are converted on their way
-// to shared memory.
+// matmul for any GPU: for few rows kernels that read every weight once, with tensor cores where it
+// is bf16; a tile of tensor core products for bf16, and a tile of f32 products. Weights of every
+// type are converted on their way to shared memory.
 #include <algorithm>
 #include <vector>
 
-#include "ops/kit/mma.cuh"
+#include "ops/kit/narrow_mma.cuh"
 #include "ops/matmul/matmul_groups.cuh"
 
 namespace indexcache {
@@ -54,6 +54,11 @@ __device__ __forceinline__ void load_weights(const CudaProduct& p, int64_t row, 
 
 __device__ __forceinline__ void load_input(const CudaProduct& p, int64_t row, int64_t col,
                                            float (&to)[4]) {
+  if (p.x16 != nullptr) {
+    const uint16_t* bits = p.x16 + row * p.ldx + col;
+    for (int i = 0; i < 4; ++i) to[i] = row < p.m && col + i < p.k ? bf16_bits_to_f32(bits[i]) : 0;
+    return;
+  }
   const float* at = p.x + row * p.ldx + col;
   if (row < p.m && col + 4 <= p.k && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
     const float4 four = *reinterpret_cast<const float4*>(at);
@@ -66,6 +71,10 @@ __device__ __forceinline__ void load_input(const CudaProduct& p, int64_t row, in
 __device__ __forceinline__ void store_output(const CudaProduct& p, int64_t row, int64_t col,
                                              float value, bool accumulate) {
   if (row >= p.m || col >= p.n) return;
+  if (p.y16 != nullptr) {
+    p.y16[row * p.ldy + col] = static_cast<uint16_t>(f32_to_bf16_bits(value));
+    return;
+  }
   float* y = p.y + row * p.ldy + col;
   *y = accumulate ? *y + value : value;
 }
@@ -114,6 +123,23 @@ __global__ void __launch_bounds__(kRowThreads)
     const float sum = warp_sum(sums[row]);
     if (lane == 0) store_output(p, first_row + row, n, sum, accumulate);
   }
+}
+
+// --- few rows and bf16 weights: 16 columns a block ---
+
+template <int kTiles>
+__global__ void __launch_bounds__(kNarrowThreads)
+    matmul_narrow_kernel(ListedProducts products, bool accumulate) {
+  constexpr int kRows = kTiles * kNarrowTileRows;
+  const CudaTile tile = products.tile<kRows>();
+  const CudaProduct& p = tile.product;
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kNarrowCols;
+  if (tile.row >= p.m || col >= p.n) return;
+  const uint8_t* const w[1] = {p.w};
+  narrow_products<kTiles>({.f32 = p.x, .bf16 = p.x16, .ld = p.ldx}, tile.row, p.m, w, col, p.n, p.k,
+                          [&](int64_t row, int64_t n, const float(&sum)[1]) {
+                            store_output(p, row, n, sum[0], accumulate);
+                          });
 }
 
 // --- bf16 tiles: 8 warps, 2 x 4 of them, each with 64 x 32 of the tile ---
@@ -263,8 +289,8 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // --- choosing ---
 
-// Up to here rows share one reading of the weights without tensor cores.
-constexpr int64_t kFewRows = 8;
+// Up to here rows share one reading of the weights, without and with tensor cores.
+constexpr int64_t kFewRows = 8, kNarrowRows = 16;
 
 struct Extent {
   int64_t rows, cols;  // the most rows and columns of one product
@@ -302,22 +328,48 @@ void launch_products(CudaStream& stream, const Products& products, Extent extent
   }
 }
 
+enum class Rows { kNarrow, kFew, kMany };
+
+bool is_aligned(const void* data, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+Rows rows_of(const MatmulGroup& group, Compute compute) {
+  const bool narrow = compute == Compute::kBF16 && group.m <= kNarrowRows &&
+                      group.w.dtype == DType::kBF16 && is_aligned(group.w.data, 2 * group.w.cols) &&
+                      (group.x16 != nullptr ? is_aligned(group.x16, 2 * group.ldx)
+                                            : is_aligned(group.x, 4 * group.ldx));
+  return narrow ? Rows::kNarrow : group.m <= kFewRows ? Rows::kFew : Rows::kMany;
+}
+
+template <DType dtype>
+void launch_list(CudaStream& stream, const ListedProducts& list, Extent extent, Rows rows,
+                 const MatmulArgs& args) {
+  if (rows != Rows::kNarrow) {
+    launch_products<dtype>(stream, list, extent, rows == Rows::kFew, args.compute, args.accumulate);
+    return;
+  }
+  const bool one_tile = extent.rows <= kNarrowTileRows;
+  launch(one_tile ? matmul_narrow_kernel<1> : matmul_narrow_kernel<2>,
+         dim3(blocks_for(extent.cols, kNarrowCols).x, 1, extent.depth), kNarrowThreads, 0, stream,
+         list, args.accumulate);
+}
+
 }  // namespace
 
 void matmul_cuda(Exec& exec, const MatmulArgs& args) {
-  for (const bool few : {true, false}) {
+  for (const Rows rows : {Rows::kNarrow, Rows::kFew, Rows::kMany}) {
     for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3}) {
       for_weight_dtype(dtype, [&]<DType kType>() {
         ListedProducts list;
         Extent extent = {};
         const auto flush = [&] {
-          if (extent.depth > 0)
-            launch_products<kType>(exec.cuda(), list, extent, few, args.compute, args.accumulate);
+          if (extent.depth > 0) launch_list<kType>(exec.cuda(), list, extent, rows, args);
           extent = {};
         };
         for (const MatmulGroup& group : args.groups) {
           if (group.m == 0 || group.w.rows == 0 || group.w.dtype != kType) continue;
-          if ((group.m <= kFewRows) != few) continue;
+          if (rows_of(group, args.compute) != rows) continue;
           if (extent.depth == 0) std::fill_n(list.products, kProductsPerLaunch, CudaProduct{});
           list.products[extent.depth++] = {group.x,
                                            group.y,
@@ -327,7 +379,9 @@ void matmul_cuda(Exec& exec, const MatmulArgs& args) {
                                            group.ldy,
                                            static_cast<int32_t>(group.m),
                                            static_cast<int32_t>(group.w.rows),
-                                           static_cast<int32_t>(group.w.cols)};
+                                           static_cast<int32_t>(group.w.cols),
+                                           group.x16,
+                                           group.y16};
           extent.rows = std::max(extent.rows, group.m);
           extent.cols = std::max(extent.cols, group.w.rows);
           if (extent.depth == kProductsPerLaunch) flush();

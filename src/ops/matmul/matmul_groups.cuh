@@ -10,12 +10,14 @@ namespace indexcache {
 
 // y [m, n] from x [m, k] and w [n, k].
 struct CudaProduct {
-  const float* x;
-  float* y;
+  const float* x;  // or x16
+  float* y;        // or y16
   const uint8_t* w;
   const float* scale_inv;
   int64_t ldx, ldy;
   int32_t m, n, k;
+  const uint16_t* x16;
+  uint16_t* y16;
 };
 
 // Block (i, j, z) computes columns from i * kTileN and rows from `row` of a product; m is 0 where
@@ -58,7 +60,9 @@ struct ExpertProducts {
                     product.ldy,
                     static_cast<int32_t>(found.end - begin),
                     n,
-                    k};
+                    k,
+                    nullptr,
+                    nullptr};
     tile.row = found.row - begin;
     return tile;
   }
