@@ -10,6 +10,7 @@ namespace indexcache {
 
 static MoeCombineArgs to_device(DeviceOperands& device, MoeCombineArgs args) {
   device.elements(args.rows, args.num_rows * args.num_slots * args.row_elements);
+  device.elements(args.rows16, args.num_rows * args.num_slots * args.row_elements);
   device.elements(args.slots, args.num_rows * args.num_slots);
   device.elements(args.weights, args.num_rows * args.num_slots);
   device.elements(args.y, args.num_rows * args.row_elements);
@@ -54,6 +55,30 @@ struct Problem {
     };
   }
 };
+
+TEST(MoeCombine, Bf16RowsOnAGpuAreTheSameNumbers) {
+  if (!can_run(Device::kCuda)) GTEST_SKIP() << "needs a GPU";
+  Rng rng(printed_seed());
+  for (const int64_t n : {8, 136, 2048}) {
+    Problem problem(rng, 9, 5, n);
+    std::vector<uint16_t> rows16;
+    for (float& value : problem.rows) {
+      rows16.push_back(f32_to_bf16(value));
+      value = bf16_to_f32(rows16.back());
+    }
+    // GuardedRows begin 64 floats into their memory.
+    std::vector<float> aligned(problem.start.size() + 4);
+    float* y = aligned.data();
+    while (reinterpret_cast<uintptr_t>(y) % 16 != 0) ++y;
+    const auto want = problem.run("ref");
+    std::copy(problem.start.begin(), problem.start.end(), y);
+    problem.args.rows = nullptr;
+    problem.args.rows16 = rows16.data();
+    problem.args.y = y;
+    run_forced(moe_combine, "moe_combine", "cuda", problem.args);
+    EXPECT_TRUE(all_close(std::span<const float>(y, want.size()), want, problem.bound()));
+  }
+}
 
 TEST(MoeCombine, EveryImplementationAgreesWithRef) {
   Rng rng(printed_seed());

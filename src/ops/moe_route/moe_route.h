@@ -25,6 +25,9 @@ struct MoeRouteArgs {
   int64_t topk_group = 1;
   bool norm_topk_prob = true;
   float routed_scaling_factor = 1;
+  // Each token also goes to expert n_routed_experts, last and with weight 1: rows of the outputs
+  // have num_experts_per_tok + 1 elements.
+  bool shared_expert = false;
   int32_t* experts = nullptr;       // out [num_tokens, num_experts_per_tok], best first
   float* expert_weights = nullptr;  // out, same shape
 };

@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(kRouteWarps* kWarpLanes) moe_route_kernel(MoeR
       __syncwarp();
     }
   }
-  int32_t* experts = args.experts + token * wanted;
-  float* weights = args.expert_weights + token * wanted;
+  const int64_t row = token * (wanted + (args.shared_expert ? 1 : 0));
+  int32_t* experts = args.experts + row;
+  float* weights = args.expert_weights + row;
   float divisor = 1e-20f;
   for (int i = 0; i < wanted; ++i) {
     const int e = best_of(choice, taken, num_experts);
@@ -89,6 +90,10 @@ __global__ void __launch_bounds__(kRouteWarps* kWarpLanes) moe_route_kernel(MoeR
     }
     divisor += s[e];
     __syncwarp();
+  }
+  if (args.shared_expert && lane == 0) {
+    experts[wanted] = num_experts;
+    weights[wanted] = 1;
   }
   if (!args.norm_topk_prob) divisor = 1;
   for (int i = lane; i < wanted; i += kWarpLanes)

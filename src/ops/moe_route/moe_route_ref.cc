@@ -72,11 +72,16 @@ void route_token(const MoeRouteArgs& args, int64_t token) {
     divisor = 1e-20f;
     for (const int32_t e : taken) divisor += s[static_cast<size_t>(e)];
   }
+  const int64_t row = token * (args.num_experts_per_tok + (args.shared_expert ? 1 : 0));
   for (int64_t i = 0; i < args.num_experts_per_tok; ++i) {
     const int32_t expert = taken[static_cast<size_t>(i)];
-    args.experts[token * args.num_experts_per_tok + i] = expert;
-    args.expert_weights[token * args.num_experts_per_tok + i] =
+    args.experts[row + i] = expert;
+    args.expert_weights[row + i] =
         s[static_cast<size_t>(expert)] / divisor * args.routed_scaling_factor;
+  }
+  if (args.shared_expert) {
+    args.experts[row + args.num_experts_per_tok] = static_cast<int32_t>(args.n_routed_experts);
+    args.expert_weights[row + args.num_experts_per_tok] = 1;
   }
 }
 

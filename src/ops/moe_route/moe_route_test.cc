@@ -18,8 +18,9 @@ namespace indexcache {
 static MoeRouteArgs to_device(DeviceOperands& device, MoeRouteArgs args) {
   device.elements(args.logits, args.num_tokens * args.n_routed_experts);
   device.elements(args.correction_bias, args.n_routed_experts);
-  device.elements(args.experts, args.num_tokens * args.num_experts_per_tok);
-  device.elements(args.expert_weights, args.num_tokens * args.num_experts_per_tok);
+  const int64_t taken = args.num_experts_per_tok + (args.shared_expert ? 1 : 0);
+  device.elements(args.experts, args.num_tokens * taken);
+  device.elements(args.expert_weights, args.num_tokens * taken);
   return args;
 }
 
@@ -36,7 +37,8 @@ struct Routed {
 Routed route(MoeRouteArgs args, const char* name = "ref", int num_threads = 2,
              Device device = Device::kCpu) {
   Routed routed;
-  routed.experts.assign(static_cast<size_t>(args.num_tokens * args.num_experts_per_tok), -1);
+  const int64_t taken = args.num_experts_per_tok + (args.shared_expert ? 1 : 0);
+  routed.experts.assign(static_cast<size_t>(args.num_tokens * taken), -1);
   routed.weights.assign(routed.experts.size(), NAN);
   args.experts = routed.experts.data();
   args.expert_weights = routed.weights.data();
@@ -85,6 +87,22 @@ TEST(MoeRoute, TakesTheBestAndNormalises) {
 
   args.norm_topk_prob = false;
   EXPECT_FLOAT_EQ(route_all(args).weights[1], sigmoid(1) * 2.5f);
+}
+
+TEST(MoeRoute, TheSharedExpertTakesEveryToken) {
+  const std::vector<float> logits = {0.5f, -1, 2, 1, 3, 1, 2, 0};
+  MoeRouteArgs args = one_token(logits, 2);
+  args.num_tokens = 2;
+  args.n_routed_experts = 4;
+  const Routed without = route_all(args);
+  args.shared_expert = true;
+  const Routed with = route_all(args);
+  EXPECT_EQ(with.experts, (std::vector<int32_t>{2, 3, 4, 0, 2, 4}));
+  for (const size_t token : {0, 1}) {
+    EXPECT_EQ(with.weights[3 * token], without.weights[2 * token]);
+    EXPECT_EQ(with.weights[3 * token + 1], without.weights[2 * token + 1]);
+    EXPECT_EQ(with.weights[3 * token + 2], 1);
+  }
 }
 
 TEST(MoeRoute, TiesGoToTheLowerExpert) {

@@ -17,7 +17,9 @@ Cost rms_norm_cost(const RmsNormArgs& args) {
 
 void rms_norm(Exec& exec, const RmsNormArgs& args) {
   CHECK_GE(args.ldx, args.row_elements);
-  CHECK_GE(args.ldy, args.row_elements);
+  CHECK(args.y == nullptr || args.ldy >= args.row_elements);
+  CHECK(args.y16 == nullptr || exec.device == Device::kCuda);
+  CHECK(args.num_rows == 0 || args.y != nullptr || args.y16 != nullptr);
   run_op(exec, "rms_norm", kTable, args, rms_norm_cost(args));
 }
 

@@ -21,6 +21,9 @@ struct RmsNormArgs {
   int64_t row_elements = 0;
   float* y = nullptr;  // [num_rows, row_elements], row stride ldy
   int64_t ldy = 0;
+  // On a GPU: the same rounded to bf16, [num_rows, row_elements], for the products that follow. y
+  // may then be null.
+  uint16_t* y16 = nullptr;
 };
 
 void rms_norm(Exec& exec, const RmsNormArgs& args);

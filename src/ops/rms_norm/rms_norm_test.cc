@@ -10,6 +10,7 @@ static RmsNormArgs to_device(DeviceOperands& device, RmsNormArgs args) {
   device.rows(args.x, args.num_rows, args.row_elements, args.ldx);
   device.elements(args.weight, args.row_elements);
   device.rows(args.y, args.num_rows, args.row_elements, args.ldy);
+  device.elements(args.y16, args.num_rows * args.row_elements);
   return args;
 }
 
@@ -90,6 +91,27 @@ TEST(RmsNorm, NanAndInfinityStayInTheirRow) {
     std::fill_n(zeros.x.row(1), 19, 0.0f);
     const auto got = zeros.run(impl);
     for (size_t i = 19; i < 38; ++i) EXPECT_EQ(got[i], 0);
+  }
+}
+
+// Rows in bf16 are the rows rounded, beside them or alone.
+TEST(RmsNorm, RoundedRowsOnAGpu) {
+  if (!can_run(Device::kCuda)) GTEST_SKIP() << "needs a GPU";
+  Rng rng(printed_seed());
+  for (const int64_t n : {1, 7, 64, 130, 768, 2048, 4100}) {
+    for (const int64_t gap : {0, 4, 3}) {
+      Problem problem(rng, 3, n, gap);
+      std::vector<uint16_t> rounded(static_cast<size_t>(3 * n)), alone = rounded;
+      problem.args.y16 = rounded.data();
+      const auto y = problem.run("cuda");
+      for (size_t i = 0; i < y.size(); ++i)
+        ASSERT_EQ(rounded[i], f32_to_bf16(y[i])) << "n " << n << " gap " << gap << " at " << i;
+      EXPECT_TRUE(problem.y.untouched());
+      problem.args.y16 = alone.data();
+      problem.args.y = nullptr;
+      run_forced(rms_norm, "rms_norm", "cuda", problem.args);
+      EXPECT_EQ(alone, rounded);
+    }
   }
 }
 

@@ -17,6 +17,7 @@ Cost rope_cost(const RopeArgs& args) {
 
 void rope(Exec& exec, const RopeArgs& args) {
   CHECK_EQ(args.rope_dim % 2, 0);
+  CHECK(args.x16 == nullptr || (exec.device == Device::kCuda && args.x == nullptr));
   run_op(exec, "rope", kTable, args, rope_cost(args));
 }
 

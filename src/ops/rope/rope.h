@@ -28,6 +28,7 @@ struct RopeArgs {
   float* y = nullptr;
   int64_t ldy = 0;
   int64_t y_head_stride = 0;
+  const uint16_t* x16 = nullptr;  // on a GPU: x in bf16, in its place
 };
 
 void rope(Exec& exec, const RopeArgs& args);

@@ -15,11 +15,13 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeArgs args) {
   if (pair >= args.num_rows * args.num_heads * half) return;
   const int64_t j = pair % half, head = pair / half % args.num_heads,
                 row = pair / half / args.num_heads;
-  const float* x = args.x + row * args.ldx + head * args.x_head_stride;
+  const int64_t at = row * args.ldx + head * args.x_head_stride;
   float* y = args.y + row * args.ldy + head * args.y_head_stride;
   const int64_t first = args.interleaved ? 2 * j : j;
   const int64_t second = args.interleaved ? 2 * j + 1 : j + half;
-  const float a = x[first], b = x[second];
+  const float a = args.x16 != nullptr ? bf16_bits_to_f32(args.x16[at + first]) : args.x[at + first];
+  const float b =
+      args.x16 != nullptr ? bf16_bits_to_f32(args.x16[at + second]) : args.x[at + second];
   const float c = args.cos[row * half + j], s = args.sin[row * half + j];
   y[first] = a * c - b * s;
   y[second] = a * s + b * c;

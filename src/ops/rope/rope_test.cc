@@ -14,6 +14,7 @@ static RopeArgs to_device(DeviceOperands& device, RopeArgs args) {
                : (args.num_rows - 1) * ld + (args.num_heads - 1) * head_stride + args.rope_dim;
   };
   device.elements(args.x, extent(args.ldx, args.x_head_stride));
+  device.elements(args.x16, extent(args.ldx, args.x_head_stride));
   device.elements(args.cos, args.num_rows * args.rope_dim / 2);
   device.elements(args.sin, args.num_rows * args.rope_dim / 2);
   device.elements(args.y, extent(args.ldy, args.y_head_stride));
@@ -66,6 +67,23 @@ struct Problem {
     };
   }
 };
+
+TEST(Rope, Bf16InputOnAGpuIsTheSameNumbers) {
+  if (!can_run(Device::kCuda)) GTEST_SKIP() << "needs a GPU";
+  Rng rng(printed_seed());
+  for (const bool interleaved : {false, true}) {
+    Problem problem(rng, 17, 64, 5, interleaved);
+    std::vector<uint16_t> x16(static_cast<size_t>(17 * problem.args.ldx));
+    for (size_t i = 0; i < x16.size(); ++i) {
+      x16[i] = f32_to_bf16(problem.x.data()[i]);
+      problem.x.data()[i] = bf16_to_f32(x16[i]);
+    }
+    const auto want = problem.run("cuda");
+    problem.args.x = nullptr;
+    problem.args.x16 = x16.data();
+    EXPECT_TRUE(same_bits(problem.run("cuda"), want));
+  }
+}
 
 TEST(Rope, EveryImplementationAgreesWithRef) {
   Rng rng(printed_seed());
