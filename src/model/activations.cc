@@ -28,7 +28,9 @@ uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* bas
   const IndexerConfig& indexer = config.indexer;
   const MoeConfig& moe = config.moe;
   const int64_t heads = attn.num_attention_heads, row = attn.kv_lora_rank + attn.qk_rope_head_dim;
-  const int64_t slots = T * moe.num_experts_per_tok;
+  const bool gpu = device == Device::kCuda;
+  const int64_t shared = gpu ? 1 : 0;  // a shared expert may be one of the experts
+  const int64_t slots = T * (moe.num_experts_per_tok + (moe.num_experts_per_tok > 0 ? shared : 0));
   const int64_t shared_width = moe.moe_intermediate_size * moe.n_shared_experts;
   const int64_t mlp =
       std::max({T * config.intermediate_size, slots * moe.moe_intermediate_size, T * shared_width});
@@ -37,6 +39,8 @@ uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* bas
   c.take(&a->x, T * config.hidden_size);
   c.take(&a->normed, T * config.hidden_size);
   c.take(&a->q_latent, T * attn.q_lora_rank);
+  c.take(&a->normed16, gpu ? T * config.hidden_size : 0);
+  c.take(&a->q_latent16, gpu ? T * attn.q_lora_rank : 0);
   c.take(&a->q, T * heads * attn.qk_head_dim());
   c.take(&a->kv, T * row);
   c.take(&a->q_absorbed, T * heads * row);
@@ -52,11 +56,11 @@ uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* bas
   c.take(&a->router_logits, T * moe.n_routed_experts);
   c.take(&a->experts, slots);
   c.take(&a->expert_weights, slots);
-  c.take(&a->row_begin, T > 0 ? moe.n_routed_experts + 1 : 0);
+  c.take(&a->row_begin, T > 0 ? moe.n_routed_experts + 1 + shared : 0);
   c.take(&a->slots, slots);
   c.take(&a->slot_tokens, slots);
   c.take(&a->expert_rows, slots * config.hidden_size);
-  a->logit_rows = device == Device::kCuda ? std::min(T, kLogitRows) : 0;
+  a->logit_rows = gpu ? std::min(T, kLogitRows) : 0;
   c.take(&a->logits, a->logit_rows * config.vocab_size);
   return c.used;
 }
@@ -83,7 +87,10 @@ uint64_t gpu_workspace_bytes(const ModelConfig& config, int64_t max_tokens, int6
   const int64_t widest =
       std::max({config.hidden_size, config.intermediate_size,
                 attn.num_attention_heads * (attn.qk_head_dim() + attn.v_head_dim)});
-  const int64_t products = 2 * (max_tokens * widest + config.vocab_size * config.hidden_size);
+  const int64_t gathered =
+      max_tokens * (config.moe.num_experts_per_tok + 1) * config.hidden_size;  // rows of experts
+  const int64_t products =
+      2 * (std::max(max_tokens * widest, gathered) + config.vocab_size * config.hidden_size);
   // The batch itself.
   const int64_t inputs = max_tokens * (4 + 4 * attn.qk_rope_head_dim + 64) + context / 8;
   return static_cast<uint64_t>(std::max(select, products) + inputs);

@@ -8,6 +8,7 @@
 #include "ops/layer_norm/layer_norm.h"
 #include "ops/moe_combine/moe_combine.h"
 #include "ops/moe_group/moe_group.h"
+#include "ops/moe_mlp/moe_mlp.h"
 #include "ops/moe_route/moe_route.h"
 #include "ops/rms_norm/rms_norm.h"
 #include "ops/rope/rope.h"
@@ -24,6 +25,17 @@ namespace {
 // turn selections; with this by 4e-7.
 constexpr double kLatentNormEps = 1e-6;
 
+// Activations [T, ld] of either type.
+struct Rows {
+  float* f32;
+  uint16_t* bf16;  // null: they are f32
+  int64_t ld;
+
+  Rows from(int64_t column) const {
+    return {f32 + column, bf16 != nullptr ? bf16 + column : nullptr, ld};
+  }
+};
+
 // What every step of the pass needs; the steps below are the paper's lines in order.
 struct Pass {
   Exec& exec;
@@ -34,32 +46,50 @@ struct Pass {
 
   const ModelConfig& config() const { return model.config; }
 
-  void matmul_one(const float* x, const Weight& w, float* y, bool accumulate = false) {
-    matmul_as(model.compute, x, w, y, accumulate);
+  // Whether products take and make bf16. Elsewhere activations are f32, whatever products round.
+  bool rounded() const { return exec.device == Device::kCuda && model.compute == Compute::kBF16; }
+
+  // What a product takes or makes: f32, or bf16 where there is any.
+  Rows rows(float* f32, uint16_t* bf16, int64_t ld) const {
+    return {f32, rounded() ? bf16 : nullptr, ld};
+  }
+  Rows f32(float* data, int64_t ld) const { return {data, nullptr, ld}; }
+  // Rows that are nothing but a product's result and the next one's input.
+  Rows either(float* data, int64_t ld) const {
+    return rows(data, reinterpret_cast<uint16_t*>(data), ld);
+  }
+  Rows normed() const { return rows(a.normed, a.normed16, config().hidden_size); }
+  Rows q_latent() const { return rows(a.q_latent, a.q_latent16, config().attention.q_lora_rank); }
+
+  MatmulGroup product(Rows x, const Weight& w, Rows y) const {
+    MatmulGroup group{.ldx = x.ld, .m = T, .w = w, .ldy = y.ld};
+    (x.bf16 != nullptr ? void(group.x16 = x.bf16) : void(group.x = x.f32));
+    (y.bf16 != nullptr ? void(group.y16 = y.bf16) : void(group.y = y.f32));
+    return group;
   }
 
-  void matmul_as(Compute compute, const float* x, const Weight& w, float* y,
-                 bool accumulate = false) {
-    const MatmulGroup group{x, w.cols, T, w, y, w.rows};
-    matmul(exec, {{&group, 1}, compute, accumulate});
+  void matmul_one(Rows x, const Weight& w, Rows y, bool accumulate = false) {
+    const MatmulGroup group = product(x, w, y);
+    matmul(exec, {{&group, 1}, model.compute, accumulate});
   }
 
-  void norm(const float* x, int64_t ldx, const VectorWeight& weight, double eps, float* y,
-            int64_t ldy) {
+  void norm(const float* x, int64_t ldx, const VectorWeight& weight, double eps, Rows y,
+            bool need_f32 = false) {
     rms_norm(exec, {.x = x,
                     .ldx = ldx,
                     .weight = weight.data,
                     .eps = static_cast<float>(eps),
                     .num_rows = T,
                     .row_elements = weight.size,
-                    .y = y,
-                    .ldy = ldy});
+                    .y = y.bf16 == nullptr || need_f32 ? y.f32 : nullptr,
+                    .ldy = y.ld,
+                    .y16 = y.bf16});
   }
 
-  void rotate(const float* x, int64_t ldx, int64_t x_head_stride, int64_t num_heads,
-              bool interleaved, float* y, int64_t ldy, int64_t y_head_stride) {
-    rope(exec, {.x = x,
-                .ldx = ldx,
+  void rotate(Rows x, int64_t x_head_stride, int64_t num_heads, bool interleaved, Rows y,
+              int64_t y_head_stride) {
+    rope(exec, {.x = x.bf16 != nullptr ? nullptr : x.f32,
+                .ldx = x.ld,
                 .x_head_stride = x_head_stride,
                 .num_rows = T,
                 .num_heads = num_heads,
@@ -67,9 +97,10 @@ struct Pass {
                 .interleaved = interleaved,
                 .cos = a.cos,
                 .sin = a.sin,
-                .y = y,
-                .ldy = ldy,
-                .y_head_stride = y_head_stride});
+                .y = y.f32,
+                .ldy = y.ld,
+                .y_head_stride = y_head_stride,
+                .x16 = x.bf16});
   }
 
   void project_queries_and_latent(const LayerWeights& w, int layer);
@@ -77,6 +108,8 @@ struct Pass {
   void attend(const LayerWeights& w, int layer);
   void dense_mlp(const MlpWeights& w);
   void mixture_of_experts(const MoeWeights& w);
+  void plain_experts(const MoeWeights& w);
+  void fused_experts(const MoeWeights& w, int64_t taken);
 };
 
 // q = W_q_b norm(W_q_a x), absorbed into the latent space; c = norm(W_kv_a x) and k_pe go to the
@@ -87,13 +120,13 @@ void Pass::project_queries_and_latent(const LayerWeights& w, int layer) {
                 latent = attn.kv_lora_rank;
   const int64_t row = latent + attn.qk_rope_head_dim;
 
-  const MatmulGroup down[] = {
-      {a.normed, config().hidden_size, T, w.q_a_proj, a.q_latent, attn.q_lora_rank},
-      {a.normed, config().hidden_size, T, w.kv_a_proj_with_mqa, a.kv, row}};
+  const MatmulGroup down[] = {product(normed(), w.q_a_proj, f32(a.q_latent, attn.q_lora_rank)),
+                              product(normed(), w.kv_a_proj_with_mqa, f32(a.kv, row))};
   matmul(exec, {down, model.compute, false});
-  norm(a.q_latent, attn.q_lora_rank, w.q_a_layernorm, kLatentNormEps, a.q_latent, attn.q_lora_rank);
-  norm(a.kv, row, w.kv_a_layernorm, kLatentNormEps, a.kv, row);
-  rotate(a.kv + latent, row, 0, 1, true, a.kv + latent, row, 0);
+  norm(a.q_latent, attn.q_lora_rank, w.q_a_layernorm, kLatentNormEps, q_latent());
+  norm(a.kv, row, w.kv_a_layernorm, kLatentNormEps, f32(a.kv, row));
+  const Rows k_pe = f32(a.kv + latent, row);
+  rotate(k_pe, 0, 1, true, k_pe, 0);
   store_rows(exec, {.x = a.kv,
                     .ldx = row,
                     .num_rows = T,
@@ -101,15 +134,16 @@ void Pass::project_queries_and_latent(const LayerWeights& w, int layer) {
                     .rows = cache.latent(layer),
                     .device_seqs = a.device_seqs});
 
-  matmul_one(a.q_latent, w.q_b_proj, a.q);
+  const Rows q = either(a.q, heads * attn.qk_head_dim());
+  matmul_one(q_latent(), w.q_b_proj, q);
   std::vector<MatmulGroup> absorb;
   for (int64_t h = 0; h < heads; ++h) {
-    absorb.push_back({a.q + h * attn.qk_head_dim(), heads * attn.qk_head_dim(), T,
-                      w.w_uk_t[static_cast<size_t>(h)], a.q_absorbed + h * row, heads * row});
+    absorb.push_back(product(q.from(h * attn.qk_head_dim()), w.w_uk_t[static_cast<size_t>(h)],
+                             f32(a.q_absorbed + h * row, heads * row)));
   }
   matmul(exec, {absorb, model.compute, false});
-  rotate(a.q + nope, heads * attn.qk_head_dim(), attn.qk_head_dim(), heads, true,
-         a.q_absorbed + latent, heads * row, row);
+  rotate(q.from(nope), attn.qk_head_dim(), heads, true, f32(a.q_absorbed + latent, heads * row),
+         row);
 }
 
 // The lightning indexer of a full layer. The factors index_n_heads^-1/2 index_head_dim^-1/2 on its
@@ -120,12 +154,13 @@ void Pass::select(const LayerWeights& w, int layer) {
   const int64_t heads = indexer.index_n_heads, dim = indexer.index_head_dim;
   const bool interleaved = indexer.indexer_rope_interleave;
 
-  matmul_one(a.q_latent, w.indexer.wq_b, a.index_q);
+  const Rows q = f32(a.index_q, heads * dim), key = f32(a.index_key, dim);
+  matmul_one(q_latent(), w.indexer.wq_b, q);
   const MatmulGroup from_hidden[] = {
-      {a.normed, config().hidden_size, T, w.indexer.wk, a.index_key, dim},
-      {a.normed, config().hidden_size, T, w.indexer.weights_proj, a.index_weights, heads}};
+      product(normed(), w.indexer.wk, key),
+      product(normed(), w.indexer.weights_proj, f32(a.index_weights, heads))};
   matmul(exec, {from_hidden, model.compute, false});
-  rotate(a.index_q, heads * dim, dim, heads, interleaved, a.index_q, heads * dim, dim);
+  rotate(q, dim, heads, interleaved, q, dim);
   layer_norm(exec, {.x = a.index_key,
                     .ldx = dim,
                     .weight = w.indexer.k_norm_weight.data,
@@ -135,7 +170,7 @@ void Pass::select(const LayerWeights& w, int layer) {
                     .row_elements = dim,
                     .y = a.index_key,
                     .ldy = dim});
-  rotate(a.index_key, dim, 0, 1, interleaved, a.index_key, dim, 0);
+  rotate(key, 0, 1, interleaved, key, 0);
   store_rows(exec, {.x = a.index_key,
                     .ldx = dim,
                     .num_rows = T,
@@ -170,77 +205,115 @@ void Pass::attend(const LayerWeights& w, int layer) {
                     .k = config().indexer.index_topk,
                     .out = a.attended,
                     .device_seqs = a.device_seqs});
+  const Rows value = either(a.value, heads * v);
   std::vector<MatmulGroup> to_values;
   for (int64_t h = 0; h < heads; ++h) {
-    to_values.push_back({a.attended + h * latent, heads * latent, T, w.w_uv[static_cast<size_t>(h)],
-                         a.value + h * v, heads * v});
+    to_values.push_back(product(f32(a.attended + h * latent, heads * latent),
+                                w.w_uv[static_cast<size_t>(h)], value.from(h * v)));
   }
   matmul(exec, {to_values, model.compute, false});
-  matmul_one(a.value, w.o_proj, a.x, true);
+  matmul_one(value, w.o_proj, f32(a.x, config().hidden_size), true);
 }
 
 // x += W_down (silu(W_gate n) * W_up n)
 void Pass::dense_mlp(const MlpWeights& w) {
   const int64_t width = w.gate_proj.rows;
-  const MatmulGroup in[] = {{a.normed, config().hidden_size, T, w.gate_proj, a.gate, width},
-                            {a.normed, config().hidden_size, T, w.up_proj, a.up, width}};
+  const Rows gate = f32(a.gate, width), up = f32(a.up, width);
+  const MatmulGroup in[] = {product(normed(), w.gate_proj, gate), product(normed(), w.up_proj, up)};
   matmul(exec, {in, model.compute, false});
   silu_mul(exec, {.gate = a.gate, .up = a.up, .num_rows = T, .row_elements = width, .y = a.gate});
-  matmul_one(a.gate, w.down_proj, a.x, true);
+  matmul_one(gate, w.down_proj, f32(a.x, config().hidden_size), true);
 }
 
 void Pass::mixture_of_experts(const MoeWeights& w) {
   const MoeConfig& moe = config().moe;
-  const int64_t hidden = config().hidden_size, width = moe.moe_intermediate_size,
-                taken = moe.num_experts_per_tok;
+  // In bf16 on a GPU the shared expert is one of the experts where it has their shape.
+  const bool fused =
+      rounded() && moe_mlp_takes(w.gate_proj.all[0]) && moe_mlp_takes(w.down_proj.all[0]);
+  const bool shared = fused && w.gate_proj.all.size() > w.gate_proj.experts.size();
+  const int64_t hidden = config().hidden_size, experts = moe.n_routed_experts + (shared ? 1 : 0),
+                taken = moe.num_experts_per_tok + (shared ? 1 : 0);
 
   // The router decides in float32 in every published engine, whatever the model's type.
-  matmul_as(Compute::kF32, a.normed, w.gate, a.router_logits);
+  const MatmulGroup router =
+      product(f32(a.normed, hidden), w.gate, f32(a.router_logits, moe.n_routed_experts));
+  matmul(exec, {{&router, 1}, Compute::kF32, false});
   moe_route(exec, {.logits = a.router_logits,
                    .correction_bias = w.e_score_correction_bias.data,
                    .num_tokens = T,
                    .n_routed_experts = moe.n_routed_experts,
-                   .num_experts_per_tok = taken,
+                   .num_experts_per_tok = moe.num_experts_per_tok,
                    .n_group = moe.n_group,
                    .topk_group = moe.topk_group,
                    .norm_topk_prob = moe.norm_topk_prob,
                    .routed_scaling_factor = static_cast<float>(moe.routed_scaling_factor),
+                   .shared_expert = shared,
                    .experts = a.experts,
                    .expert_weights = a.expert_weights});
 
   moe_group(exec, {.experts = a.experts,
                    .num_tokens = T,
                    .num_experts_per_tok = taken,
-                   .n_routed_experts = moe.n_routed_experts,
+                   .n_routed_experts = experts,
                    .row_begin = a.row_begin,
                    .slots = a.slots,
                    .slot_tokens = a.slot_tokens});
-  gather_rows(exec, {.dtype = DType::kF32,
-                     .table = reinterpret_cast<const uint8_t*>(a.normed),
-                     .table_rows = T,
-                     .row_elements = hidden,
-                     .ids = a.slot_tokens,
-                     .num_rows = T * taken,
-                     .y = a.expert_rows});
-  const auto product = [](const float* x, int64_t ldx, const ExpertWeights& weights, float* y,
-                          int64_t ldy) {
-    return ExpertProduct{x, ldx, weights.experts, weights.device_experts, y, ldy};
-  };
-  const ExpertProduct in[] = {product(a.expert_rows, hidden, w.gate_proj, a.gate, width),
-                              product(a.expert_rows, hidden, w.up_proj, a.up, width)};
-  matmul_experts(exec, {in, a.row_begin, T * taken, model.compute});
-  silu_mul(exec,
-           {.gate = a.gate, .up = a.up, .num_rows = T * taken, .row_elements = width, .y = a.gate});
-  const ExpertProduct out[] = {product(a.gate, width, w.down_proj, a.expert_rows, hidden)};
-  matmul_experts(exec, {out, a.row_begin, T * taken, model.compute});
-  moe_combine(exec, {.rows = a.expert_rows,
+  fused ? fused_experts(w, taken) : plain_experts(w);
+  moe_combine(exec, {.rows = fused ? nullptr : a.expert_rows,
                      .slots = a.slots,
                      .weights = a.expert_weights,
                      .num_slots = taken,
                      .num_rows = T,
                      .row_elements = hidden,
-                     .y = a.x});
-  if (w.shared_experts.gate_proj.present()) dense_mlp(w.shared_experts);
+                     .y = a.x,
+                     .rows16 = fused ? reinterpret_cast<uint16_t*>(a.expert_rows) : nullptr});
+  if (w.shared_experts.gate_proj.present() && !shared) dense_mlp(w.shared_experts);
+}
+
+// W_down (silu(W_gate n) * W_up n) of every expert's tokens, in three steps over f32 rows.
+void Pass::plain_experts(const MoeWeights& w) {
+  const int64_t hidden = config().hidden_size, width = config().moe.moe_intermediate_size,
+                rows = T * config().moe.num_experts_per_tok;
+  gather_rows(exec, {.dtype = DType::kF32,
+                     .table = reinterpret_cast<const uint8_t*>(a.normed),
+                     .table_rows = T,
+                     .row_elements = hidden,
+                     .ids = a.slot_tokens,
+                     .num_rows = rows,
+                     .y = a.expert_rows});
+  const auto one = [](const float* x, int64_t ldx, const ExpertWeights& weights, float* y,
+                      int64_t ldy) {
+    return ExpertProduct{x, ldx, weights.experts, weights.device_experts, y, ldy};
+  };
+  const ExpertProduct in[] = {one(a.expert_rows, hidden, w.gate_proj, a.gate, width),
+                              one(a.expert_rows, hidden, w.up_proj, a.up, width)};
+  matmul_experts(exec, {in, a.row_begin, rows, model.compute});
+  silu_mul(exec,
+           {.gate = a.gate, .up = a.up, .num_rows = rows, .row_elements = width, .y = a.gate});
+  const ExpertProduct out[] = {one(a.gate, width, w.down_proj, a.expert_rows, hidden)};
+  matmul_experts(exec, {out, a.row_begin, rows, model.compute});
+}
+
+// The same in two, over bf16 rows; of `taken` experts a token.
+void Pass::fused_experts(const MoeWeights& w, int64_t taken) {
+  const auto matrices = [&](const ExpertWeights& weights) {
+    const size_t count =
+        taken > config().moe.num_experts_per_tok ? weights.all.size() : weights.experts.size();
+    return ExpertMatrices{std::span(weights.all).first(count), weights.device_experts};
+  };
+  const ExpertRows rows{a.row_begin, T * taken};
+  uint16_t* inner = reinterpret_cast<uint16_t*>(a.gate);
+  moe_gate_up(exec, {.x = a.normed16,
+                     .num_tokens = T,
+                     .tokens = a.slot_tokens,
+                     .rows = rows,
+                     .gate = matrices(w.gate_proj),
+                     .up = matrices(w.up_proj),
+                     .y = inner});
+  moe_down(exec, {.x = inner,
+                  .rows = rows,
+                  .down = matrices(w.down_proj),
+                  .y = reinterpret_cast<uint16_t*>(a.expert_rows)});
 }
 
 // Adds the time since the last lap to the parts that it is given. On a GPU the times are known when
@@ -421,7 +494,7 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, 
     double* seconds = &t.layer_seconds[static_cast<size_t>(layer)];
     if (tap != nullptr && tap->hidden) tap->hidden(layer, host_rows(exec, a, a.x, T * hidden));
 
-    pass.norm(a.x, hidden, w.input_layernorm, config.rms_norm_eps, a.normed, hidden);
+    pass.norm(a.x, hidden, w.input_layernorm, config.rms_norm_eps, pass.normed());
     pass.project_queries_and_latent(w, layer);
     watch.lap(&t.attention, seconds);
     if (model.plan.is_full(layer)) {
@@ -433,7 +506,9 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, 
     pass.attend(w, layer);
     watch.lap(&t.attention, seconds);
 
-    pass.norm(a.x, hidden, w.post_attention_layernorm, config.rms_norm_eps, a.normed, hidden);
+    // The router takes f32.
+    pass.norm(a.x, hidden, w.post_attention_layernorm, config.rms_norm_eps, pass.normed(),
+              config.is_moe(layer));
     config.is_moe(layer) ? pass.mixture_of_experts(w.moe) : pass.dense_mlp(w.mlp);
     watch.lap(&t.ffn, seconds);
   }

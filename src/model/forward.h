@@ -68,25 +68,29 @@ struct Activations {
   float* x;              // [T, hidden_size] the residual stream
   float* normed;         // [T, hidden_size]
   float* q_latent;       // [T, q_lora_rank]
-  float* q;              // [T, num_attention_heads, nope + rope]
+  uint16_t* normed16;    // on a GPU: `normed` and the normalised `q_latent` in bf16
+  uint16_t* q_latent16;  //
+  float* q;              // [T, num_attention_heads, nope + rope]; bf16 where products make bf16
   float* kv;             // [T, kv_lora_rank + rope]
   float* q_absorbed;     // [T, num_attention_heads, kv_lora_rank + rope]
   float* attended;       // [T, num_attention_heads, kv_lora_rank]
-  float* value;          // [T, num_attention_heads, v_head_dim]
+  float* value;          // [T, num_attention_heads, v_head_dim]; as q
   float* index_q;        // [T, index_n_heads, index_head_dim]
   float* index_key;      // [T, index_head_dim]
   float* index_weights;  // [T, index_n_heads]
   int32_t* positions;    // [T, index_topk]
   int32_t* counts;       // [T]
-  float* gate;  // [rows, intermediate], rows = T, or T * num_experts_per_tok of an expert's width
+  float* gate;  // [rows, intermediate], rows = T, or T * num_experts_per_tok of an expert's width;
+                // of experts in one product, bf16 rows of the shared one too
   float* up;    // the same
-  float* router_logits;   // [T, n_routed_experts]
+  float* router_logits;  // [T, n_routed_experts]
+  // On a GPU the shared expert may be one of them: one more of each token and of the experts.
   int32_t* experts;       // [T, num_experts_per_tok]
   float* expert_weights;  // [T, num_experts_per_tok]
   int32_t* row_begin;     // [n_routed_experts + 1] of the grouped expert rows
   int32_t* slots;         // [T, num_experts_per_tok] row of the grouped expert rows
   int32_t* slot_tokens;   // [T * num_experts_per_tok] the inverse: which token
-  float* expert_rows;     // [T * num_experts_per_tok, hidden_size] in, then out
+  float* expert_rows;     // [T * num_experts_per_tok, hidden_size] in, then out; bf16 as q
   float* logits;          // on a GPU: [logit_rows, vocab_size], to be copied out
   int64_t logit_rows;
 

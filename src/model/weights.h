@@ -43,8 +43,11 @@ struct MlpWeights {
 
 // One matrix of every expert of a layer.
 struct ExpertWeights {
-  std::vector<Weight> experts;             // [n_routed_experts]
-  const Weight* device_experts = nullptr;  // on a GPU: the same in its memory
+  std::vector<Weight> experts;  // [n_routed_experts]
+  // On a GPU: these, then the shared expert where it is one more of their shape, so that a layer's
+  // experts are one product. Of each matrix one after the other.
+  std::vector<Weight> all;
+  const Weight* device_experts = nullptr;  // `all` in its memory
 };
 
 struct MoeWeights {

@@ -1,5 +1,6 @@
 // Weights on their way to a GPU: one block of its memory, filled tensor by tensor as the files are
 // read.
+#include <array>
 #include <unordered_map>
 
 #include "base/checked.h"
@@ -11,6 +12,18 @@ namespace indexcache {
 namespace {
 
 constexpr int64_t kScaleRows = 128;
+
+// The matrices of the routed experts, and the shared expert's (absent where there is none).
+struct ExpertList {
+  ExpertWeights* experts;
+  Weight* shared;
+};
+std::array<ExpertList, 3> expert_lists(MoeWeights& moe) {
+  MlpWeights& shared = moe.shared_experts;
+  return {{{&moe.gate_proj, &shared.gate_proj},
+           {&moe.up_proj, &shared.up_proj},
+           {&moe.down_proj, &shared.down_proj}}};
+}
 
 // Calls visit(const T*& pointer, int64_t num_bytes) for every pointer to weights.
 template <class Visit>
@@ -36,12 +49,15 @@ struct Walk {
     for (Weight* one : {&w.q_a_proj, &w.q_b_proj, &w.kv_a_proj_with_mqa, &w.o_proj, &w.indexer.wq_b,
                         &w.indexer.wk, &w.indexer.weights_proj, &w.moe.gate})
       weight(*one);
-    for (std::vector<Weight>* list : {&w.w_uk_t, &w.w_uv, &w.moe.gate_proj.experts,
-                                      &w.moe.up_proj.experts, &w.moe.down_proj.experts}) {
+    for (std::vector<Weight>* list : {&w.w_uk_t, &w.w_uv}) {
       for (Weight& one : *list) weight(one);
     }
     mlp(w.mlp);
-    mlp(w.moe.shared_experts);
+    // A shared expert lies behind the routed ones.
+    for (const auto& [list, shared] : expert_lists(w.moe)) {
+      for (Weight& one : list->experts) weight(one);
+      weight(*shared);
+    }
   }
   void all(Weights& weights) const {
     weight(weights.embed_tokens);
@@ -56,12 +72,24 @@ void walk(Weights& weights, const Visit& visit) {
   Walk<Visit>{visit}.all(weights);
 }
 
+// Whether the shared expert may be one more of the experts.
+bool shared_is_like_them(MoeWeights& moe) {
+  for (const auto& [list, shared] : expert_lists(moe)) {
+    const Weight& first = list->experts[0];
+    if (!shared->present() || shared->dtype != first.dtype || shared->rows != first.rows ||
+        shared->cols != first.cols)
+      return false;
+  }
+  return true;
+}
+
 template <class Visit>
 void walk_expert_lists(Weights& weights, const Visit& visit) {
   for (LayerWeights& layer : weights.layers) {
-    for (ExpertWeights* list : {&layer.moe.gate_proj, &layer.moe.up_proj, &layer.moe.down_proj}) {
-      if (!list->experts.empty()) visit(*list);
-    }
+    if (layer.moe.gate_proj.experts.empty()) continue;
+    const bool with_shared = shared_is_like_them(layer.moe);
+    for (const auto& [list, shared] : expert_lists(layer.moe))
+      visit(*list, with_shared ? shared : nullptr);
   }
 }
 
@@ -77,8 +105,8 @@ void move_to_gpu(Exec& exec, Weights* weights) {
       total += round_up(num_bytes, kAlignment);
   });
   const int64_t lists = total;
-  walk_expert_lists(*weights, [&](ExpertWeights& list) {
-    total += round_up(static_cast<int64_t>(list.experts.size() * sizeof(Weight)), kAlignment);
+  walk_expert_lists(*weights, [&](ExpertWeights& list, const Weight*) {
+    total += round_up(static_cast<int64_t>((list.experts.size() + 1) * sizeof(Weight)), kAlignment);
   });
   weights->device = CudaMemory(static_cast<size_t>(total));
   uint8_t* base = weights->device.data();
@@ -93,11 +121,13 @@ void move_to_gpu(Exec& exec, Weights* weights) {
     pointer = reinterpret_cast<const T*>(to);
   });
   int64_t at = lists;
-  walk_expert_lists(*weights, [&](ExpertWeights& list) {
-    const size_t num_bytes = list.experts.size() * sizeof(Weight);
-    uploader.copy(base + at, reinterpret_cast<const uint8_t*>(list.experts.data()), num_bytes);
+  walk_expert_lists(*weights, [&](ExpertWeights& list, const Weight* shared) {
+    list.all = list.experts;
+    if (shared != nullptr) list.all.push_back(*shared);
+    const size_t num_bytes = list.all.size() * sizeof(Weight);
+    uploader.copy(base + at, reinterpret_cast<const uint8_t*>(list.all.data()), num_bytes);
     list.device_experts = reinterpret_cast<const Weight*>(base + at);
-    at += round_up(static_cast<int64_t>(num_bytes), kAlignment);
+    at += round_up(static_cast<int64_t>((list.experts.size() + 1) * sizeof(Weight)), kAlignment);
   });
   exec.wait();
   weights->owned.clear();
