@@ -219,8 +219,10 @@ TEST_P(GoldenTest, Bf16DriftIsStated) {
 // of it before. Steps of a 127th of the largest element, about three deviations, move a product by
 // about 1% of its spread, and so turn near half a percent of a selection; the floor is four times
 // that. e4m3 has steps of an eighth to a sixteenth of each element, which move a product by about
-// 4%: four times as much, and so is the floor below 1. The floor of the whole is the one of bf16:
-// turned selections and experts move the layers after them.
+// 4%: four times as much, and so is the floor below 1. The floor of the whole is for int8 the one
+// of bf16: turned selections and experts move the layers after them. For e4m3 the whole is printed
+// alone: how a random model carries on four times as many turned positions says nothing of the
+// keys.
 TEST_P(GoldenTest, Int8IndexerKeysTurnFewSelections) {
   expect_overlap(IndexerKeys::kI8, "int8", 0.98);
 }
@@ -261,7 +263,7 @@ void GoldenTest::expect_overlap(IndexerKeys keys, const char* keys_name, double 
       name().c_str(), keys_name, forced.share(), own.share(),
       relative_error(trace.logits, golden.floats("logits")));
   EXPECT_GE(forced.share(), least);
-  EXPECT_GE(own.share(), 0.75);
+  if (keys == IndexerKeys::kI8) EXPECT_GE(own.share(), 0.75);
 }
 
 std::vector<GoldenParam> golden_params() {
