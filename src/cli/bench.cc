@@ -484,7 +484,8 @@ int bench(BenchFlags flags) {
     result.indexers = options.indexers;
     info("indexers: {}, trained under {}", printable(options.indexers, 400), laid.adapter->plan);
   }
-  info("seed {}, random tokens; weights {}", flags.seed,
+  info("seed {}, random tokens{}; weights {}", flags.seed,
+       flags.shape.similar ? " in runs of one topic" : "",
        flags.shape.name.empty() ? "of the checkpoint" : "random");
   for (const std::string& plan : flags.plans) {
     options.plan = plan;
