@@ -263,7 +263,9 @@ void GoldenTest::expect_overlap(IndexerKeys keys, const char* keys_name, double 
       name().c_str(), keys_name, forced.share(), own.share(),
       relative_error(trace.logits, golden.floats("logits")));
   EXPECT_GE(forced.share(), least);
-  if (keys == IndexerKeys::kI8) EXPECT_GE(own.share(), 0.75);
+  if (keys == IndexerKeys::kI8) {
+    EXPECT_GE(own.share(), 0.75);
+  }
 }
 
 std::vector<GoldenParam> golden_params() {
