@@ -28,7 +28,7 @@ int64_t cache_bytes_per_token(const KvCacheShape& shape) {
 KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
   CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16);
   CHECK(shape.indexer_dtype == DType::kF32 || shape.indexer_dtype == DType::kBF16 ||
-        shape.indexer_dtype == DType::kI8);
+        rows_have_scales(shape.indexer_dtype));
   CHECK_GE(shape.num_pages, 0);
   CHECK_LE(shape.num_pages, INT32_MAX);
   for (const bool full : shape.layer_is_full) {
@@ -45,13 +45,13 @@ KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
 
 PagedRows KvCache::latent(int layer) {
   return {shape_.dtype, shape_.latent_elements, kPageTokens * latent_row_bytes(shape_),
-          latent_[static_cast<size_t>(layer)].data()};
+          latent_[static_cast<size_t>(layer)].data(), shape_.num_pages};
 }
 
 PagedRows KvCache::indexer_keys(int layer) {
   CHECK(shape_.layer_is_full[static_cast<size_t>(layer)]);
   return {shape_.indexer_dtype, shape_.indexer_elements, kPageTokens * indexer_row_bytes(shape_),
-          indexer_keys_[static_cast<size_t>(layer)].data()};
+          indexer_keys_[static_cast<size_t>(layer)].data(), shape_.num_pages};
 }
 
 bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
@@ -69,6 +69,24 @@ bool KvCache::reserve(SequenceCache& sequence, int64_t num_tokens) {
 void KvCache::release(SequenceCache& sequence) {
   for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) let_go(*page);
   sequence = {};
+}
+
+void KvCache::copy_pages(Exec& exec, std::span<const int32_t> from, std::span<const int32_t> to) {
+  CHECK_EQ(from.size(), to.size());
+  for (size_t begin = 0, end; begin < from.size(); begin = end) {
+    // Pages that lie side by side in both go at once.
+    for (end = begin + 1; end < from.size(); ++end) {
+      if (from[end] != from[end - 1] + 1 || to[end] != to[end - 1] + 1) break;
+    }
+    const auto copy = [&](const Memory& pool, int64_t row_bytes) {
+      if (pool.data() == nullptr) return;
+      const int64_t page_bytes = kPageTokens * row_bytes;
+      exec.copy(pool.data() + to[begin] * page_bytes, pool.data() + from[begin] * page_bytes,
+                (end - begin) * static_cast<size_t>(page_bytes));
+    };
+    for (const Memory& pool : latent_) copy(pool, latent_row_bytes(shape_));
+    for (const Memory& pool : indexer_keys_) copy(pool, indexer_row_bytes(shape_));
+  }
 }
 
 void KvCache::hold(int32_t page) {

@@ -11,13 +11,15 @@
 // again, so nothing is copied on write.
 //
 // Bytes a token: num_layers * latent_elements * its element size + num_full * (indexer_elements *
-// theirs, and 4 for the scale of an int8 row).
+// theirs, and 4 for the scale of an int8 or e4m3 row).
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "device/memory.h"
+#include "ops/kit/exec.h"
 #include "ops/kit/paged.h"
 
 namespace indexcache {
@@ -27,7 +29,7 @@ struct KvCacheShape {
   int64_t latent_elements = 0;        // kv_lora_rank + qk_rope_head_dim
   int64_t indexer_elements = 0;       // index_head_dim
   DType dtype = DType::kF32;          // of the latent: kF32 or kBF16
-  DType indexer_dtype = DType::kF32;  // of the indexer keys: kF32, kBF16 or kI8
+  DType indexer_dtype = DType::kF32;  // of the indexer keys: kF32, kBF16, kI8 or kF8E4M3
   int64_t num_pages = 0;
 };
 
@@ -55,6 +57,10 @@ class KvCache {
 
   // Takes all pages back; those that nobody else holds are free.
   void release(SequenceCache& sequence);
+
+  // Copies pages, those of a page table `from` to those of another of the same length. Puts the
+  // copies on the stream of a GPU.
+  void copy_pages(Exec& exec, std::span<const int32_t> from, std::span<const int32_t> to);
 
   // How many hold a page that is not free; one more; one less, and the page free at none.
   int32_t holders(int32_t page) const { return holders_[static_cast<size_t>(page)]; }

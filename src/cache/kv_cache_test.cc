@@ -48,6 +48,41 @@ TEST(KvCache, Int8IndexerKeysHaveAScaleEach) {
   }
 }
 
+TEST(KvCache, CopiesPagesOfEveryPool) {
+  for (const DType keys : {DType::kBF16, DType::kF8E4M3}) {
+    KvCacheShape shape = shape_of(9);
+    shape.indexer_dtype = keys;
+    KvCache cache(shape);
+    Exec exec(1);
+    const std::vector<PagedRows> pools = {cache.latent(0), cache.latent(1), cache.latent(2),
+                                          cache.indexer_keys(0), cache.indexer_keys(2)};
+    const auto page_of = [](const PagedRows& pool, int64_t page) {
+      const uint8_t* begin = pool.base + page * pool.page_bytes;
+      return std::vector<uint8_t>(begin, begin + pool.page_bytes);
+    };
+    std::vector<std::vector<uint8_t>> before;
+    Rng rng(7);
+    for (const PagedRows& pool : pools) {
+      EXPECT_EQ(pool.num_pages, 9);
+      for (int64_t i = 0; i < 9 * pool.page_bytes; ++i)
+        pool.base[i] = static_cast<uint8_t>(rng.next());
+      for (int64_t page = 0; page < 9; ++page) before.push_back(page_of(pool, page));
+    }
+    const std::vector<int32_t> from = {1, 2, 3, 0}, to = {5, 6, 8, 7};
+    cache.copy_pages(exec, from, to);
+    for (size_t p = 0; p < pools.size(); ++p) {
+      for (int64_t page = 0; page < 9; ++page) {
+        int64_t source = page;
+        for (size_t i = 0; i < to.size(); ++i) {
+          if (to[i] == page) source = from[i];
+        }
+        EXPECT_EQ(page_of(pools[p], page), before[p * 9 + static_cast<size_t>(source)])
+            << "pool " << p << " page " << page;
+      }
+    }
+  }
+}
+
 TEST(KvCache, RefusesWithoutChangingAnything) {
   KvCache cache(shape_of(3));
   SequenceCache a, b;

@@ -5,6 +5,10 @@
 // is what a prompt of that length takes; at each frontier some tokens are decoded and taken back.
 // Per-layer times are of the newest tokens alone, which is where a cost that grows with the context
 // shows.
+//
+// A batch is decoded with copies of the prompt's cache, each in pages of its own as distinct
+// prompts would be, so nothing is prefilled twice and no sequence finds the rows of another in a
+// cache of the chip.
 
 #include <algorithm>
 #include <cstdio>
@@ -12,6 +16,7 @@
 #include <memory>
 
 #include "base/atomic_file.h"
+#include "base/checked.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/progress.h"
@@ -30,9 +35,10 @@ struct BenchFlags {
   std::vector<int64_t> contexts = {2048, 8192, 32768};
   std::vector<std::string> plans;
   int64_t decode_tokens = 32;
+  int64_t max_batch = 1;
   uint64_t seed = 1;
   bool json = false, csv = false;
-  std::string output;
+  std::string output, ops_output;
 };
 
 struct BenchRow {
@@ -43,27 +49,34 @@ struct BenchRow {
   // Of the newest tokens before the frontier, microseconds a token and layer; 0 where the plan has
   // no such layer.
   double full_layer_us = 0, shared_layer_us = 0;
+  // Of so many sequences of that context at once, tokens of all of them.
+  int64_t batch = 1;
+  double batch_tok_s = 0, batch_indexer_share = 0;
   uint64_t peak_rss_bytes = 0, other_bytes = 0;
 };
 
+// Times of ops at one context: of the tokens that were prefilled since the context before (on a
+// GPU, where the clock of an op waits, of the newest of them once more), and of decoding.
 struct OpTable {
   std::string plan;
-  Profile prefill, decode;
+  int64_t context = 0;
+  Profile prefill, decode, batch;
 };
 
 struct BenchResult {
   std::string model, indexers, device, kernels;
   std::vector<BenchRow> rows;
-  std::vector<OpTable> ops;  // over the whole prefill and all decoding of a plan
+  std::vector<OpTable> ops;
   double matmul_flops_per_s = 0;
 };
 
 // What this machine's threads reach on a large dense product in the type of the run: the rate that
 // kernels are held against.
 double measure_matmul_rate(Engine& engine) {
-  constexpr int64_t m = 512, k = 2048, n = 4096;
+  const bool gpu = engine.exec.device == Device::kCuda;
+  const int64_t m = gpu ? 8192 : 512, k = gpu ? 4096 : 2048, n = 4096;
   Rng rng(1);
-  std::vector<float> x(m * k), y(m * n);
+  std::vector<float> x(static_cast<size_t>(m * k)), y(static_cast<size_t>(m * n));
   std::vector<uint8_t> w(static_cast<size_t>(n * k * 4));
   for (float& value : x) value = rng.normal();
   const bool bf16 = engine.model.compute == Compute::kBF16;
@@ -79,7 +92,7 @@ double measure_matmul_rate(Engine& engine) {
   MatmulGroup group{x.data(), k, m, {bf16 ? DType::kBF16 : DType::kF32, n, k, w.data(), nullptr},
                     y.data(), n};
   CudaMemory on_gpu;
-  if (engine.exec.device == Device::kCuda) {
+  if (gpu) {
     const size_t x_bytes = x.size() * sizeof(float), y_bytes = y.size() * sizeof(float);
     on_gpu = CudaMemory(x_bytes + y_bytes + w.size());
     uint8_t* base = on_gpu.data();
@@ -95,7 +108,7 @@ double measure_matmul_rate(Engine& engine) {
     const double start = monotonic_seconds();
     matmul(engine.exec, {{&group, 1}, engine.model.compute, false});
     engine.exec.wait();
-    best = std::max(best, 2.0 * m * k * n / (monotonic_seconds() - start));
+    best = std::max(best, 2 * static_cast<double>(m * k * n) / (monotonic_seconds() - start));
   }
   return best;
 }
@@ -123,11 +136,117 @@ void layer_times(const Engine& engine, const std::vector<double>& before,
   row->shared_layer_us = num_shared > 0 ? shared * scale / num_shared : 0;
 }
 
+int64_t tokens_in_pages(int64_t tokens) { return round_up(tokens, kPageTokens); }
+
+// Cache for `max_batch` sequences of each context, or as much of it as memory allows.
+int64_t cache_tokens_for(const ModelSource& source, const BenchFlags& flags,
+                         const RunOptions& options) {
+  const int64_t one = tokens_in_pages(options.context);
+  int64_t wanted = one;
+  for (const int64_t context : flags.contexts) {
+    wanted = std::max(wanted, flags.max_batch * tokens_in_pages(context + flags.decode_tokens));
+  }
+  if (flags.max_batch == 1) return one;
+  const LaidOver laid =
+      lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
+  const IndexPlan plan = plan_in_force(laid.config, laid.layer_has_indexer, options, laid.where);
+  const MemoryPlan memory = plan_memory(laid.config, laid.specs, plan,
+                                        resolve_compute(laid.specs, options.compute), options);
+  // What libraries take beside.
+  constexpr uint64_t kSpare = uint64_t{2} << 30;
+  const bool gpu = options.device == Device::kCuda;
+  const uint64_t needed =
+      memory.total() - (source.in_memory && !gpu ? memory.weights_bytes : 0) + kSpare;
+  const uint64_t available = gpu ? cuda_free_bytes() : available_memory_bytes();
+  if (available <= needed) return one;
+  const auto more = static_cast<int64_t>((available - needed) /
+                                         static_cast<uint64_t>(memory.cache_bytes_per_token));
+  return std::min(wanted, one + more / kPageTokens * kPageTokens);
+}
+
+// Decodes some tokens of `sequence` and of copies of it at once, tokens of each its own.
+class BatchDecoder {
+ public:
+  // As many as fit, at most `batch`.
+  BatchDecoder(Engine& engine, SequenceCache& sequence, int64_t batch, int64_t steps,
+               std::span<const int32_t> tokens)
+      : engine_(engine),
+        context_(sequence.num_tokens),
+        steps_(steps),
+        tokens_(tokens),
+        sequence_(sequence) {
+    CHECK(engine_.cache.reserve(sequence, context_ + steps_));  // planned for
+    const auto pages = static_cast<size_t>(ceil_div(context_, kPageTokens));
+    const std::span<const int32_t> from = std::span(sequence.pages).first(pages);
+    while (size() < std::min(batch, engine.activations.max_tokens)) {
+      SequenceCache copy;
+      if (!engine_.cache.reserve(copy, context_ + steps_)) break;
+      engine_.cache.copy_pages(engine_.exec, from, std::span(copy.pages).first(pages));
+      copies_.push_back(std::move(copy));
+    }
+    logits_.resize(static_cast<size_t>(size() * engine.model.config.vocab_size));
+    engine_.exec.wait();
+  }
+  ~BatchDecoder() {
+    for (SequenceCache& copy : copies_) engine_.cache.release(copy);
+    sequence_.num_tokens = context_;
+  }
+  int64_t size() const { return 1 + std::ssize(copies_); }
+  BatchDecoder(const BatchDecoder&) = delete;
+  BatchDecoder& operator=(const BatchDecoder&) = delete;
+
+  // Seconds.
+  double run(ForwardTimes* times) {
+    std::vector<SequenceCache*> sequences = {&sequence_};
+    for (SequenceCache& copy : copies_) sequences.push_back(&copy);
+    for (SequenceCache* sequence : sequences) sequence->num_tokens = context_;
+    const double start = monotonic_seconds();
+    for (int64_t step = 0; step < steps_; ++step) {
+      std::vector<BatchSequence> batch;
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        const size_t token = (i * 997 + static_cast<size_t>(step)) % tokens_.size();
+        batch.push_back({sequences[i], tokens_.subspan(token, 1), 1});
+      }
+      forward(engine_.exec, engine_.model, engine_.cache, engine_.activations, batch,
+              logits_.data(), nullptr, times);
+    }
+    engine_.exec.wait();
+    return monotonic_seconds() - start;
+  }
+
+ private:
+  Engine& engine_;
+  int64_t context_, steps_;
+  std::span<const int32_t> tokens_;
+  SequenceCache& sequence_;
+  std::vector<SequenceCache> copies_;
+  std::vector<float> logits_;
+};
+
+// Rate and the indexer's share; times of ops in a run of their own, where their clock would be in
+// the way.
+void time_decoding(Engine& engine, BatchDecoder& decoder, int64_t tokens, Profile* profile,
+                   double* tok_s, double* indexer_share) {
+  const bool gpu = engine.exec.device == Device::kCuda;
+  engine.exec.profile = gpu ? nullptr : profile;
+  if (gpu) decoder.run(nullptr);  // whatever is set up at first use
+  ForwardTimes times;
+  *tok_s = static_cast<double>(tokens) / decoder.run(gpu ? nullptr : &times);
+  if (gpu) {
+    decoder.run(&times);
+    engine.exec.profile = profile;
+    decoder.run(nullptr);
+  }
+  engine.exec.profile = nullptr;
+  *indexer_share = times.indexer / times.total();
+}
+
 // The rows of one plan.
 void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions options,
                 BenchResult* result) {
   const int64_t longest = flags.contexts.back();
   options.context = longest + flags.decode_tokens;
+  options.cache_tokens = cache_tokens_for(source, flags, options);
   // VmHWM must be this plan's own; where the kernel does not allow it, the figure covers the plans
   // before too.
   std::ofstream("/proc/self/clear_refs") << "5";
@@ -135,26 +254,31 @@ void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions o
   result->device = hardware_name(options.device);
   result->kernels = kernel_names(options.device);
   if (result->matmul_flops_per_s == 0) result->matmul_flops_per_s = measure_matmul_rate(engine);
+  const bool gpu = options.device == Device::kCuda;
   const std::vector<int32_t> tokens =
-      random_tokens(longest + flags.decode_tokens, source.config.vocab_size, flags.seed);
+      flags.shape.similar
+          ? topical_tokens(longest + flags.decode_tokens, source.config.vocab_size, flags.seed)
+          : random_tokens(longest + flags.decode_tokens, source.config.vocab_size, flags.seed);
   const std::span<const int32_t> all(tokens);
 
   SequenceCache warm;
-  prefill(engine, warm, all.first(static_cast<size_t>(std::min<int64_t>(longest, 64))), nullptr);
+  const int64_t warm_tokens = std::min(longest, gpu ? engine.options.batch_tokens : 64);
+  prefill(engine, warm, all.first(static_cast<size_t>(warm_tokens)), nullptr);
   engine.cache.release(warm);
 
-  OpTable ops{to_string(engine.model.plan), {}, {}};
-  Progress progress("bench " + ops.plan, longest, "tokens");
+  const std::string plan = to_string(engine.model.plan);
+  Progress progress("bench " + plan, longest, "tokens");
   SequenceCache sequence;
   double prefill_seconds = 0;
   ForwardTimes times;
   int64_t done = 0;
   for (const int64_t context : flags.contexts) {
-    BenchRow row{.context = context, .plan = ops.plan, .num_full = engine.model.plan.num_full()};
+    BenchRow row{.context = context, .plan = plan, .num_full = engine.model.plan.num_full()};
+    OpTable ops{.plan = plan, .context = context};
     // The newest tokens: the last two forward passes before the frontier, or all there are.
     const int64_t newest = std::min(2 * engine.options.batch_tokens, context - done);
     std::vector<double> before;
-    engine.exec.profile = &ops.prefill;
+    engine.exec.profile = gpu ? nullptr : &ops.prefill;
     PrefillHooks hooks{.times = &times};
     hooks.progress = [&](int64_t chunk) {
       progress.update(sequence.num_tokens > 0 ? sequence.num_tokens : chunk);
@@ -172,36 +296,37 @@ void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions o
     row.prefill_s = prefill_seconds;
     row.indexer_share = times.indexer / times.total();
 
-    ForwardTimes decode_times;
-    std::vector<float> logits;
-    const auto decode = [&] {
-      for (int64_t i = 0; i < flags.decode_tokens; ++i) {
-        prefill(engine, sequence, all.subspan(static_cast<size_t>(context + i), 1), &logits,
-                {.times = &decode_times});
-      }
-    };
-    // The clock of an op waits for a GPU, which costs more than most ops of a single token: those
-    // are measured in a second run.
-    engine.exec.profile = engine.exec.device == Device::kCpu ? &ops.decode : nullptr;
-    const double start = monotonic_seconds();
-    decode();
-    row.decode_tok_s = static_cast<double>(flags.decode_tokens) / (monotonic_seconds() - start);
-    row.decode_indexer_share = decode_times.indexer / decode_times.total();
-    if (engine.exec.device == Device::kCuda) {
-      sequence.num_tokens = context;
-      engine.exec.profile = &ops.decode;
-      decode();
+    if (gpu) {
+      sequence.num_tokens = context - newest;
+      engine.exec.profile = &ops.prefill;
+      prefill(engine, sequence,
+              all.subspan(static_cast<size_t>(context - newest), static_cast<size_t>(newest)),
+              nullptr);
+      engine.exec.profile = nullptr;
     }
-    sequence.num_tokens =
-        context;  // the decoded tokens are taken back; the next frontier writes over them
+
+    {
+      BatchDecoder decoder(engine, sequence, 1, flags.decode_tokens, all);
+      time_decoding(engine, decoder, flags.decode_tokens, &ops.decode, &row.decode_tok_s,
+                    &row.decode_indexer_share);
+      row.batch_tok_s = row.decode_tok_s;
+      row.batch_indexer_share = row.decode_indexer_share;
+    }
+    if (flags.max_batch > 1) {
+      BatchDecoder decoder(engine, sequence, flags.max_batch, flags.decode_tokens, all);
+      row.batch = decoder.size();
+      if (row.batch > 1)
+        time_decoding(engine, decoder, row.batch * flags.decode_tokens, &ops.batch,
+                      &row.batch_tok_s, &row.batch_indexer_share);
+    }
 
     row.peak_rss_bytes = peak_rss_bytes();
     const uint64_t known = engine.memory.weights_bytes +
                            static_cast<uint64_t>(engine.memory.cache_bytes_per_token * context);
     row.other_bytes = row.peak_rss_bytes > known ? row.peak_rss_bytes - known : 0;
     result->rows.push_back(row);
+    result->ops.push_back(std::move(ops));
   }
-  result->ops.push_back(std::move(ops));
 }
 
 Json rows_json(const BenchResult& result) {
@@ -217,6 +342,9 @@ Json rows_json(const BenchResult& result) {
                     {"decode_tok_s", r.decode_tok_s},
                     {"indexer_share", r.indexer_share},
                     {"decode_indexer_share", r.decode_indexer_share},
+                    {"batch", r.batch},
+                    {"batch_tok_s", r.batch_tok_s},
+                    {"batch_indexer_share", r.batch_indexer_share},
                     {"full_layer_us", r.full_layer_us},
                     {"shared_layer_us", r.shared_layer_us},
                     {"peak_rss_bytes", r.peak_rss_bytes},
@@ -236,6 +364,26 @@ std::string rows_csv(const BenchResult& result) {
     std::string line;
     for (const auto& [key, value] : row.items()) line += (line.empty() ? "" : ",") + value.dump();
     out += line + "\n";
+  }
+  return out;
+}
+
+// One line for each op of each context and plan.
+std::string ops_csv(const BenchResult& result) {
+  std::string out = "plan,context,phase,op,calls,seconds,share,tflop_s,gb_s\n";
+  for (const OpTable& table : result.ops) {
+    const std::pair<const char*, const Profile*> phases[] = {
+        {"prefill", &table.prefill}, {"decode", &table.decode}, {"batch", &table.batch}};
+    for (const auto& [phase, profile] : phases) {
+      double total = 0;
+      for (const auto& [name, time] : profile->ops) total += time.seconds;
+      for (const auto& [name, time] : profile->ops) {
+        out += fmt::format("{},{},{},{},{},{:.6f},{:.4f},{:.3f},{:.1f}\n", table.plan,
+                           table.context, phase, name, time.calls, time.seconds,
+                           time.seconds / total, time.cost.flops / time.seconds / 1e12,
+                           time.cost.bytes / time.seconds / 1e9);
+      }
+    }
   }
   return out;
 }
@@ -261,37 +409,46 @@ std::string op_lines(const Profile& profile, double matmul_rate) {
 std::string rows_text(const BenchResult& result) {
   std::string out = fmt::format("{} on {} ({}); dense product {:.0f} GFLOP/s\n", result.model,
                                 result.device, result.kernels, result.matmul_flops_per_s / 1e9);
-  out += fmt::format("{:>9} {:>12} {:>11} {:>11} {:>9} {:>11} {:>9} {:>10} {:>10} {:>11} {:>11}\n",
-                     "context", "plan", "prefill", "tokens/s", "indexer", "decode", "indexer",
-                     "F layer", "S layer", "peak RSS", "other");
-  out += fmt::format("{:>9} {:>12} {:>11} {:>11} {:>9} {:>11} {:>9} {:>10} {:>10} {:>11} {:>11}\n",
-                     "tokens", "", "s", "", "%", "tokens/s", "%", "us/token", "us/token", "", "");
+  constexpr const char* kHeading =
+      "{:>9} {:>12} {:>11} {:>11} {:>9} {:>11} {:>9} {:>6} {:>11} {:>9} {:>10} {:>10} {:>11} "
+      "{:>11}\n";
+  out += fmt::format(kHeading, "context", "plan", "prefill", "tokens/s", "indexer", "decode",
+                     "indexer", "batch", "decode", "indexer", "F layer", "S layer", "peak RSS",
+                     "other");
+  out += fmt::format(kHeading, "tokens", "", "s", "", "%", "tokens/s", "%", "", "tokens/s", "%",
+                     "us/token", "us/token", "", "");
   for (const BenchRow& r : result.rows) {
     const std::string plan =
         r.plan.size() <= 12 ? r.plan : fmt::format("{}F of {}", r.num_full, r.plan.size());
     out += fmt::format(
-        "{:>9} {:>12} {:>11.3f} {:>11.1f} {:>9.1f} {:>11.1f} {:>9.1f} {:>10.2f} {:>10.2f} {:>11} "
-        "{:>11}\n",
+        "{:>9} {:>12} {:>11.3f} {:>11.1f} {:>9.1f} {:>11.1f} {:>9.1f} {:>6} {:>11.1f} {:>9.1f} "
+        "{:>10.2f} {:>10.2f} {:>11} {:>11}\n",
         r.context, plan, r.prefill_s, static_cast<double>(r.context) / r.prefill_s,
-        100 * r.indexer_share, r.decode_tok_s, 100 * r.decode_indexer_share, r.full_layer_us,
-        r.shared_layer_us, format_bytes(r.peak_rss_bytes), format_bytes(r.other_bytes));
+        100 * r.indexer_share, r.decode_tok_s, 100 * r.decode_indexer_share, r.batch, r.batch_tok_s,
+        100 * r.batch_indexer_share, r.full_layer_us, r.shared_layer_us,
+        format_bytes(r.peak_rss_bytes), format_bytes(r.other_bytes));
   }
-  // Speed-up of the last plan over the first at each context.
-  const size_t per_plan = result.rows.size() / result.ops.size();
-  for (size_t p = 1; p < result.ops.size(); ++p) {
-    out += fmt::format("{} over {}:", result.ops[p].plan, result.ops[0].plan);
-    for (size_t i = 0; i < per_plan; ++i) {
-      const BenchRow &base = result.rows[i], &row = result.rows[p * per_plan + i];
-      out += fmt::format("  {} tokens: prefill {:.2f}x, decode {:.2f}x;", row.context,
-                         base.prefill_s / row.prefill_s, row.decode_tok_s / base.decode_tok_s);
-    }
-    out += "\n";
+  // Speed-up of the plans over the first at each context.
+  const auto differs = [&](const BenchRow& r) { return r.plan != result.rows[0].plan; };
+  const auto per_plan =
+      std::find_if(result.rows.begin(), result.rows.end(), differs) - result.rows.begin();
+  for (auto i = static_cast<size_t>(per_plan); i < result.rows.size(); ++i) {
+    const BenchRow &row = result.rows[i], &base = result.rows[i % static_cast<size_t>(per_plan)];
+    out += fmt::format(
+        "{} over {} at {} tokens: prefill {:.2f}x, decode {:.2f}x, batch of {} {:.2f}x\n", row.plan,
+        base.plan, row.context, base.prefill_s / row.prefill_s,
+        row.decode_tok_s / base.decode_tok_s, row.batch, row.batch_tok_s / base.batch_tok_s);
   }
   for (const OpTable& table : result.ops) {
-    out += fmt::format("prefill, plan {}\n{}", table.plan,
-                       op_lines(table.prefill, result.matmul_flops_per_s));
-    out += fmt::format("decode, plan {}\n{}", table.plan,
-                       op_lines(table.decode, result.matmul_flops_per_s));
+    if (table.context != result.rows.back().context) continue;
+    const std::pair<const char*, const Profile*> phases[] = {{"prefill", &table.prefill},
+                                                             {"decode", &table.decode},
+                                                             {"decode of a batch", &table.batch}};
+    for (const auto& [phase, profile] : phases) {
+      if (profile->ops.empty()) continue;
+      out += fmt::format("{} at {} tokens, plan {}\n{}", phase, table.context, table.plan,
+                         op_lines(*profile, result.matmul_flops_per_s));
+    }
   }
   return out;
 }
@@ -327,12 +484,14 @@ int bench(BenchFlags flags) {
     result.indexers = options.indexers;
     info("indexers: {}, trained under {}", printable(options.indexers, 400), laid.adapter->plan);
   }
-  info("seed {}, random tokens; weights {}", flags.seed,
+  info("seed {}, random tokens{}; weights {}", flags.seed,
+       flags.shape.similar ? " in runs of one topic" : "",
        flags.shape.name.empty() ? "of the checkpoint" : "random");
   for (const std::string& plan : flags.plans) {
     options.plan = plan;
     bench_plan(source, flags, options, &result);
   }
+  if (!flags.ops_output.empty()) write_text_file(flags.ops_output, ops_csv(result));
   const std::string text = flags.json  ? rows_json(result).dump(2) + "\n"
                            : flags.csv ? rows_csv(result)
                                        : rows_text(result);
@@ -366,6 +525,15 @@ void add_bench_command(CLI::App* program, int* exit_code) {
   command->add_option("-n,--predict", flags->decode_tokens, "Tokens to decode at each context")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  command
+      ->add_option("--max-batch", flags->max_batch,
+                   "Decode as many sequences at once as memory holds, at most this many")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_flag("--similar", flags->shape.similar,
+                    "With --synthetic: weights whose layers select nearly the same tokens, and "
+                    "tokens in runs of one topic, as trained models and texts have");
+  command->add_option("--ops-output", flags->ops_output, "Write times of every op there, as CSV");
   command->add_option("--seed", flags->seed, "Seed of the random tokens")->capture_default_str();
   auto* json = command->add_flag("--json", flags->json, "An array of rows");
   command->add_flag("--csv", flags->csv, "Rows as CSV")->excludes(json);

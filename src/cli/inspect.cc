@@ -76,7 +76,7 @@ int inspect(const InspectFlags& flags) {
                 {"available_bytes",
                  options.device == Device::kCuda ? cuda_free_bytes() : available_memory_bytes()},
                 {"compute", compute_name(compute)},
-                {"indexer_keys", indexer_keys_name(compute, options.indexer_keys)},
+                {"indexer_keys", indexer_keys_name(indexer_dtype(config, compute, options))},
                 {"tensors", specs.size()}};
     for (const auto& [type, bytes] : bytes_by_type) out["bytes_by_dtype"][type] = bytes;
     if (laid.adapter) out["indexers"] = options.indexers;

@@ -61,9 +61,11 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
   command
       ->add_option(
           "--indexer-keys", flags->indexer_keys,
-          "Indexer keys in the cache: auto (the cache's type), or i8 (half of bf16, faster to "
-          "score on CPUs with VNNI; selections differ a little)")
-      ->check(CLI::IsMember({"auto", "i8"}))
+          "Indexer keys in the cache: cache (the cache's type), i8 (half of bf16, faster to "
+          "score on CPUs with VNNI), fp8 (the same size, for Hopper's tensor cores; slow on a "
+          "CPU), "
+          "or auto (fp8 for bf16 models on Hopper, else cache); selections differ a little")
+      ->check(CLI::IsMember({"auto", "cache", "i8", "fp8"}))
       ->capture_default_str();
   command
       ->add_option("--force", flags->forced,
@@ -86,6 +88,8 @@ RunOptions run_options(const CommonFlags& flags) {
     options.compute = ComputeChoice::kBF16;
   }
   if (flags.indexer_keys == "i8") options.indexer_keys = IndexerKeys::kI8;
+  if (flags.indexer_keys == "fp8") options.indexer_keys = IndexerKeys::kFp8;
+  if (flags.indexer_keys == "cache") options.indexer_keys = IndexerKeys::kCacheType;
   for (const std::string& text : flags.forced) {
     const size_t equals = text.find('=');
     options.forced_ops[text.substr(0, equals)] = text.substr(equals + 1);

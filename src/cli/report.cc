@@ -14,8 +14,11 @@ double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
 
 const char* compute_name(Compute compute) { return compute == Compute::kBF16 ? "bf16" : "f32"; }
 
-const char* indexer_keys_name(Compute compute, IndexerKeys choice) {
-  return indexer_dtype(compute, choice) == DType::kI8 ? "i8" : compute_name(compute);
+const char* indexer_keys_name(DType dtype) {
+  return dtype == DType::kI8       ? "i8"
+         : dtype == DType::kF8E4M3 ? "fp8"
+         : dtype == DType::kBF16   ? "bf16"
+                                   : "f32";
 }
 
 void print_engine(const Engine& engine) {
@@ -23,7 +26,7 @@ void print_engine(const Engine& engine) {
   info("model: {}, {} layers, index_topk {}, {}, indexer keys {}",
        model_type_name(model.config.model_type), model.config.num_hidden_layers,
        model.config.indexer.index_topk, compute_name(model.compute),
-       indexer_keys_name(model.compute, engine.options.indexer_keys));
+       indexer_keys_name(engine.cache.shape().indexer_dtype));
   info("plan: {} ({} full of {})", to_string(model.plan), model.plan.num_full(),
        model.plan.num_layers());
   if (engine.adapter) {

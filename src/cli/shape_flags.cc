@@ -55,7 +55,8 @@ ModelSource synthetic_source(const ShapeFlags& flags) {
     fail("--synthetic {}: the weights need {}, found {} available; --layers makes fewer",
          flags.name, format_bytes(bytes), format_bytes(available));
   }
-  return {config, synthetic_checkpoint(config, shape_dtype(flags), flags.seed), true};
+  const SyntheticKind kind = flags.similar ? SyntheticKind::kSimilar : SyntheticKind::kPlain;
+  return {config, synthetic_checkpoint(config, shape_dtype(flags), flags.seed, kind), true};
 }
 
 }  // namespace indexcache

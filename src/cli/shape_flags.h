@@ -16,6 +16,7 @@ struct ShapeFlags {
   std::string plan;  // of the made checkpoint; shared layers then have no indexer
   int64_t num_hidden_layers = 0;
   uint64_t seed = 1;
+  bool similar = false;  // SyntheticKind::kSimilar
 };
 
 // `name_flag` is how the shape is given: "--synthetic", or "shape" for a positional argument.

@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "checkpoint/nonfinite.h"
 #include "device/gpus.h"
+#include "ops/index_select/index_select_cuda.h"
 #include "plan/plan_file.h"
 
 namespace indexcache {
@@ -76,8 +77,22 @@ Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choi
   return Compute::kBF16;
 }
 
-DType indexer_dtype(Compute compute, IndexerKeys choice) {
-  return choice == IndexerKeys::kI8 ? DType::kI8 : cache_dtype(compute);
+DType indexer_dtype(const ModelConfig& config, Compute compute, const RunOptions& options) {
+  const IndexerConfig& indexer = config.indexer;
+  switch (options.indexer_keys) {
+    case IndexerKeys::kI8:
+      return DType::kI8;
+    case IndexerKeys::kFp8:
+      return DType::kF8E4M3;
+    case IndexerKeys::kCacheType:
+      return cache_dtype(compute);
+    case IndexerKeys::kAuto:
+      break;
+  }
+  const bool hopper =
+      options.device == Device::kCuda && compute == Compute::kBF16 && first_gpu_is_hopper() &&
+      index_select_hopper_takes(indexer.index_n_heads, indexer.index_head_dim, indexer.index_topk);
+  return hopper ? DType::kF8E4M3 : cache_dtype(compute);
 }
 
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
@@ -98,13 +113,14 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
   memory.context = resolve_context(config, options.context);
   memory.cache_tokens = resolve_cache_tokens(options.cache_tokens, memory.context);
   const int64_t pages = ceil_div(memory.cache_tokens, kPageTokens);
-  memory.cache_bytes_per_token = cache_bytes_per_token(
-      cache_shape(config, plan, compute, indexer_dtype(compute, options.indexer_keys), pages));
+  const DType keys = indexer_dtype(config, compute, options);
+  memory.cache_bytes_per_token =
+      cache_bytes_per_token(cache_shape(config, plan, compute, keys, pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
   const int64_t batch_tokens = std::min(options.batch_tokens, memory.context);
   memory.activation_bytes = activation_bytes(config, batch_tokens, options.device);
   if (options.device == Device::kCuda)
-    memory.workspace_bytes = gpu_workspace_bytes(config, batch_tokens, memory.context);
+    memory.workspace_bytes = gpu_workspace_bytes(config, keys, batch_tokens, memory.context);
   memory.weights_bytes = used_weight_bytes(specs, config, plan);
   memory.owned_bytes = owned_weight_bytes(specs, config, compute);
   return memory;
@@ -183,7 +199,7 @@ Engine::Engine(const ModelSource& source, const RunOptions& options_in)
       options(options_in),
       exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus(), options.device),
       cache(cache_shape(model.config, model.plan, model.compute,
-                        indexer_dtype(model.compute, options.indexer_keys),
+                        indexer_dtype(model.config, model.compute, options),
                         ceil_div(memory.cache_tokens, kPageTokens)),
             options.device),
       activations(model.config, std::min(options.batch_tokens, memory.context), options.device) {

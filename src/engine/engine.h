@@ -19,7 +19,8 @@
 namespace indexcache {
 
 enum class ComputeChoice { kAuto, kF32, kBF16 };
-enum class IndexerKeys { kAuto, kI8 };  // auto: in the cache's type
+// auto: e4m3 where Hopper's kernels take them (bf16 models), else in the cache's type.
+enum class IndexerKeys { kAuto, kCacheType, kI8, kFp8 };
 
 struct RunOptions {
   Device device = Device::kCpu;
@@ -98,7 +99,8 @@ struct Engine {
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where);
 Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
-DType indexer_dtype(Compute compute, IndexerKeys choice);  // in the cache
+DType indexer_dtype(const ModelConfig& config, Compute compute,
+                    const RunOptions& options);  // in the cache
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 

@@ -78,11 +78,12 @@ uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens, Device 
   return carve(config, max_tokens, device, nullptr, &empty);
 }
 
-uint64_t gpu_workspace_bytes(const ModelConfig& config, int64_t max_tokens, int64_t context) {
+uint64_t gpu_workspace_bytes(const ModelConfig& config, DType indexer_dtype, int64_t max_tokens,
+                             int64_t context) {
   const AttentionConfig& attn = config.attention;
   const IndexerConfig& indexer = config.indexer;
-  const int64_t index_queries = max_tokens * indexer.index_n_heads * (indexer.index_head_dim + 4);
-  const int64_t select = std::max(kIndexSelectWorkspaceBytes, 4 * context) + index_queries;
+  const int64_t select = index_select_gpu_bytes(indexer_dtype, indexer.index_n_heads,
+                                                indexer.index_head_dim, max_tokens, context);
   // Operands of the library's products in bf16: the widest input, the largest weight.
   const int64_t widest =
       std::max({config.hidden_size, config.intermediate_size,

@@ -186,7 +186,9 @@ void Pass::select(const LayerWeights& w, int layer) {
                       .k = indexer.index_topk,
                       .positions = a.positions,
                       .counts = a.counts,
-                      .device_seqs = a.device_seqs});
+                      .device_seqs = a.device_seqs,
+                      .max_context = std::min(config().max_position_embeddings,
+                                              cache.shape().num_pages * kPageTokens)});
 }
 
 // Attention over the selection in force: this layer's own, or the one its source layer left behind.

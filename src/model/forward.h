@@ -115,7 +115,8 @@ uint64_t activation_bytes(const ModelConfig& config, int64_t max_tokens,
                           Device device = Device::kCpu);
 
 // Memory beside activations that ops take on a GPU for a batch of `max_tokens`, at most.
-uint64_t gpu_workspace_bytes(const ModelConfig& config, int64_t max_tokens, int64_t context);
+uint64_t gpu_workspace_bytes(const ModelConfig& config, DType indexer_dtype, int64_t max_tokens,
+                             int64_t context);
 
 // Runs the batch, appends its tokens to the caches, and writes the wanted rows of logits, [sum of
 // num_logits, vocab_size], in batch order. Token ids must be in [0, vocab_size): an Error

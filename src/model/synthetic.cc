@@ -1,6 +1,8 @@
 #include "model/synthetic.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 
@@ -46,8 +48,66 @@ std::pair<float, float> distribution(const TensorSpec& spec) {
   return {0.0f, 1.0f / std::sqrt(static_cast<float>(spec.shape.back()))};
 }
 
+void set_element(DType dtype, uint8_t* data, int64_t i, float value) {
+  if (dtype == DType::kF32) {
+    std::memcpy(data + 4 * i, &value, sizeof(value));
+  } else if (dtype == DType::kF8E4M3) {
+    data[i] = f32_to_f8e4m3(value);
+  } else {
+    const uint16_t bits = dtype == DType::kBF16 ? f32_to_bf16(value) : f32_to_f16(value);
+    std::memcpy(data + 2 * i, &bits, sizeof(bits));
+  }
+}
+
+// Of "model.layers.12.input_layernorm.weight" 12; -1 for tensors of no layer.
+int layer_of(const std::string& name) {
+  int layer = -1;
+  std::sscanf(name.c_str(), "model.layers.%d.", &layer);
+  return layer;
+}
+
+bool decides_selections(const std::string& name) {
+  return name.find(".indexer.") != std::string::npos || name.ends_with("q_a_proj.weight") ||
+         name.ends_with("q_a_layernorm.weight") || name.ends_with("input_layernorm.weight");
+}
+
+// SyntheticKind::kSimilar, see the header. False: the tensor is as in a plain checkpoint, but for
+// `factor`.
+bool fill_similar(const TensorSpec& spec, uint64_t seed, float mean, float deviation, uint8_t* data,
+                  float* factor) {
+  const std::string& name = spec.name;
+  const int64_t count = num_elements(spec.shape);
+  if (name.ends_with("embed_tokens.weight")) {
+    const int64_t columns = spec.shape.back();
+    Rng own(hash_name(name, seed));
+    for (int64_t row = 0; row < spec.shape[0]; ++row) {
+      Rng topic(hash_name(fmt::format("topic {}", row % kSyntheticTopics), seed));
+      for (int64_t i = 0; i < columns; ++i) {
+        set_element(spec.dtype, data, row * columns + i,
+                    std::sqrt(0.9f) * quick_normal(topic) + std::sqrt(0.1f) * quick_normal(own));
+      }
+    }
+    return true;
+  }
+  if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) *factor = 0.05f;
+  const int layer = layer_of(name);
+  if (layer < 0 || !decides_selections(name)) return false;
+  const std::string in_layer = name.substr(name.find('.', std::strlen("model.layers.")) + 1);
+  constexpr float kOwn = 0.08f;
+  const float common = std::sqrt(1 - kOwn * kOwn), angle = 0.004f * static_cast<float>(layer);
+  const float of_first = common * std::cos(angle), of_second = common * std::sin(angle);
+  Rng first(hash_name("first " + in_layer, seed)), second(hash_name("second " + in_layer, seed)),
+      own(hash_name(name, seed));
+  for (int64_t i = 0; i < count; ++i) {
+    const float normal = of_first * quick_normal(first) + of_second * quick_normal(second) +
+                         kOwn * quick_normal(own);
+    set_element(spec.dtype, data, i, mean + deviation * normal);
+  }
+  return true;
+}
+
 // Fills `data` with the tensor's values; scales of fp8 tensors come from scale_values.
-void fill(const TensorSpec& spec, uint64_t seed, uint8_t* data) {
+void fill(const TensorSpec& spec, uint64_t seed, SyntheticKind kind, uint8_t* data) {
   const int64_t count = num_elements(spec.shape);
   if (spec.name.ends_with("_scale_inv")) {
     Rng rng(hash_name(spec.name, seed));
@@ -62,17 +122,11 @@ void fill(const TensorSpec& spec, uint64_t seed, uint8_t* data) {
   Rng rng(hash_name(spec.name, seed));
   const auto [mean, deviation] =
       spec.dtype == DType::kF8E4M3 ? std::pair(0.0f, 1.0f) : distribution(spec);
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = mean + deviation * quick_normal(rng);
-    if (spec.dtype == DType::kF32) {
-      std::memcpy(data + 4 * i, &value, sizeof(value));
-    } else if (spec.dtype == DType::kF8E4M3) {
-      data[i] = f32_to_f8e4m3(value);
-    } else {
-      const uint16_t bits = spec.dtype == DType::kBF16 ? f32_to_bf16(value) : f32_to_f16(value);
-      std::memcpy(data + 2 * i, &bits, sizeof(bits));
-    }
-  }
+  float factor = 1;
+  if (kind == SyntheticKind::kSimilar && fill_similar(spec, seed, mean, deviation, data, &factor))
+    return;
+  for (int64_t i = 0; i < count; ++i)
+    set_element(spec.dtype, data, i, mean + factor * deviation * quick_normal(rng));
 }
 
 }  // namespace
@@ -142,7 +196,23 @@ std::vector<TensorSpec> checkpoint_specs(const ModelConfig& config, DType dtype)
   return specs;
 }
 
-Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed) {
+std::vector<int32_t> topical_tokens(int64_t count, int64_t vocab_size, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  const int64_t topics = std::min(kSyntheticTopics, vocab_size);
+  int64_t topic = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (i == 0 || rng.below(64) == 0)
+      topic = static_cast<int64_t>(rng.below(static_cast<uint64_t>(topics)));
+    const int64_t ids = (vocab_size - topic + topics - 1) / topics;  // of the topic
+    tokens[i] = static_cast<int32_t>(
+        topic + topics * static_cast<int64_t>(rng.below(static_cast<uint64_t>(ids))));
+  }
+  return tokens;
+}
+
+Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed,
+                                SyntheticKind kind) {
   Checkpoint checkpoint;
   checkpoint.path = "synthetic";
   const std::vector<TensorSpec> specs = checkpoint_specs(config, dtype);
@@ -152,7 +222,7 @@ Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t
   ThreadPool pool(num_usable_cpus());
   pool.parallel_for(static_cast<int64_t>(specs.size()), [&](int64_t i, int) {
     const size_t at = static_cast<size_t>(i);
-    fill(specs[at], seed, tensors[at].memory.data());
+    fill(specs[at], seed, kind, tensors[at].memory.data());
   });
   for (size_t i = 0; i < specs.size(); ++i) checkpoint.add(specs[i].name, std::move(tensors[i]));
   return checkpoint;
@@ -170,7 +240,7 @@ void write_synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t
   write_sharded_safetensors(folder, checkpoint_specs(config, dtype), {{"format", "pt"}},
                             max_shard_bytes, [&](const TensorSpec& spec, const ByteSink& sink) {
                               std::vector<uint8_t> data(spec.num_bytes());
-                              fill(spec, seed, data.data());
+                              fill(spec, seed, SyntheticKind::kPlain, data.data());
                               sink(data);
                             });
   write_text_file(folder + "/generation_config.json", "{\n  \"do_sample\": false\n}\n");

@@ -2,8 +2,21 @@
 //
 // Values depend on the seed and the tensor's name alone, so a tensor is the same whatever the plan
 // or the order. Matrices are normal with variance 1 / columns, which keeps activations near 1
-// through any number of layers; norms are near 1; routing biases are small. Random weights give
-// selections that are spread over the context: the worst case for gathering.
+// through any number of layers; norms are near 1; routing biases are small. Such weights give
+// selections that are spread over the context, and that no two layers or tokens share: the worst
+// case for gathering.
+//
+// SyntheticKind::kSimilar is like a trained model where that decides speed and what an index plan
+// loses. It differs in three things:
+// - The matrices that decide selections (q_a_proj, the indexer's, and the norms before them) are in
+//   layer l  c * (cos(0.004 l) A + sin(0.004 l) B) + 0.08 * own_l,  c^2 + 0.08^2 = 1, with A and B
+//   the same in all layers. So neighbouring layers select nearly the same tokens, and distant ones
+//   fewer in common.
+// - What a layer adds to the residual stream is 1/20 as large, as after initialisations that
+//   divide it by the depth.
+// - A token's embedding is sqrt(0.9) of its topic's and sqrt(0.1) its own; the topic of id t is t %
+//   kSyntheticTopics. Tokens that come in runs of one topic (topical_tokens()) select, and are
+//   selected, together.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +34,16 @@ namespace indexcache {
 // stay bf16, as published).
 std::vector<TensorSpec> checkpoint_specs(const ModelConfig& config, DType dtype);
 
-// The checkpoint in memory.
-Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed);
+enum class SyntheticKind { kPlain, kSimilar };
+
+inline constexpr int64_t kSyntheticTopics = 256;
+
+// Random ids in runs of one topic, 64 tokens long on average.
+std::vector<int32_t> topical_tokens(int64_t count, int64_t vocab_size, uint64_t seed);
+
+// The checkpoint in memory. All threads of the machine make it, at some nanoseconds a number.
+Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed,
+                                SyntheticKind kind = SyntheticKind::kPlain);
 
 // The checkpoint in the hub's layout: config.json, generation_config.json and sharded safetensors,
 // one tensor in memory at a time. `folder` is created; a config.json that is already there is an

@@ -91,7 +91,6 @@ struct Batch {
   DeviceArray<SeqSpan> seqs;
   DeviceArray<float> q, out;
   DeviceArray<int32_t> positions, counts;
-  double union_size = 0;  // of neighbouring selections, in units of one
 
   static int64_t total(const std::vector<Run>& runs, bool tokens) {
     int64_t sum = 0;
@@ -125,7 +124,7 @@ struct Batch {
     fill_rows<<<1024, 256>>>(pool.data, num_pages, seed);
     fill_normal<<<1024, 256>>>(q.data, q.size, seed + 1);
     std::vector<int32_t> all(positions.size, INT32_MAX), number(counts.size);
-    int64_t page = 0, token = 0, wanted_by_both = 0, wanted_all = 0;
+    int64_t page = 0, token = 0;
     for (const Run& run : runs) {
       spans.push_back({token, run.num_tokens, run.first_position, pages.data + page});
       std::vector<int32_t> before;
@@ -137,7 +136,6 @@ struct Batch {
         for (const int32_t p : before) {
           if (random.uniform() < shared) own.push_back(p);
         }
-        const size_t kept = own.size();
         std::vector<char> taken;
         if (count * 2 >= visible) {
           own.resize(static_cast<size_t>(visible));
@@ -156,13 +154,10 @@ struct Batch {
         std::sort(own.begin(), own.end());
         std::copy(own.begin(), own.end(), all.begin() + token * k);
         number[static_cast<size_t>(token)] = static_cast<int32_t>(own.size());
-        wanted_by_both += static_cast<int64_t>(kept);
-        wanted_all += static_cast<int64_t>(own.size());
         before = own;
       }
       page += (run.first_position + run.num_tokens + kPageTokens - 1) / kPageTokens;
     }
-    union_size = 2 - static_cast<double>(wanted_by_both) / static_cast<double>(wanted_all + 1);
     positions.set(all);
     counts.set(number);
     seqs.set(spans);
@@ -223,20 +218,13 @@ void compare(const Batch& batch, const char* name) {
 }
 
 void check(const char* name, int heads, int k, const std::vector<Run>& runs, int count_step,
-           bool pairs, int num_parts, uint64_t seed) {
+           int num_parts, uint64_t seed) {
   const Batch batch(heads, k, runs, 0.6, count_step, seed);
   const int sms = multiprocessors();
-  if (pairs) {
-    DeviceArray<uint8_t> workspace(
-        static_cast<size_t>(sparse_mla_pairs_workspace(static_cast<int>(batch.num_tokens), k)));
-    OK(sparse_mla_pairs_sm90(batch.args(), workspace.data, sms, nullptr));
-    FINISH();
-  } else {
-    DeviceArray<uint8_t> workspace(static_cast<size_t>(
-        sparse_mla_workspace(static_cast<int>(batch.num_tokens), heads, num_parts)));
-    OK(sparse_mla_sm90(batch.args(), num_parts, workspace.data, sms, nullptr));
-    FINISH();
-  }
+  DeviceArray<uint8_t> workspace(static_cast<size_t>(
+      sparse_mla_workspace(static_cast<int>(batch.num_tokens), heads, num_parts)));
+  OK(sparse_mla_sm90(batch.args(), num_parts, workspace.data, sms, nullptr));
+  FINISH();
   compare(batch, name);
 }
 
@@ -247,17 +235,9 @@ void time_prefill(int heads, int64_t tokens, int64_t context, double shared) {
   const double flops = static_cast<double>(tokens) * 2048 * heads * 2 * (kLatentRow + kLatentDim);
   const double single =
       milliseconds([&] { OK(sparse_mla_sm90(batch.args(), 1, nullptr, sms, nullptr)); }, 5);
-  std::printf("prefill %lld x %lld, %d heads: %.3f ms (%.0f useful TFLOP/s, gather %.2f TB/s)",
+  std::printf("prefill %lld x %lld, %d heads: %.3f ms (%.0f useful TFLOP/s, gather %.2f TB/s)\n",
               static_cast<long long>(tokens), static_cast<long long>(context), heads, single,
               flops / single * 1e-9, gathered / single * 1e-9);
-  if (heads <= 32) {
-    DeviceArray<uint8_t> workspace(
-        static_cast<size_t>(sparse_mla_pairs_workspace(static_cast<int>(tokens), 2048)));
-    const double pairs = milliseconds(
-        [&] { OK(sparse_mla_pairs_sm90(batch.args(), workspace.data, sms, nullptr)); }, 5);
-    std::printf(", in pairs %.3f ms (union %.2f of one)", pairs, batch.union_size);
-  }
-  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -283,21 +263,17 @@ int main(int argc, char** argv) {
   print_device();
   if (what != "time") {
     const std::vector<Run> ragged = {{0, 70}, {3000, 45}, {0, 1}, {190, 100}};
-    check("one tile", 20, 64, {{63, 1}}, 0, false, 1, 1);
-    check("two tiles", 20, 128, {{127, 1}}, 0, false, 1, 2);
-    check("one token", 20, 2048, {{5000, 1}}, 0, false, 1, 3);
+    check("one tile", 20, 64, {{63, 1}}, 0, 1, 1);
+    check("two tiles", 20, 128, {{127, 1}}, 0, 1, 2);
+    check("one token", 20, 2048, {{5000, 1}}, 0, 1, 3);
     for (const int heads : {20, 8, 16, 24, 32, 3, 64, 40, 128}) {
-      check("ragged", heads, 256, ragged, 0, false, 1, 10 + static_cast<uint64_t>(heads));
-      check("any count", heads, 300, ragged, 37, false, 1, 20 + static_cast<uint64_t>(heads));
+      check("ragged", heads, 256, ragged, 0, 1, 10 + static_cast<uint64_t>(heads));
+      check("any count", heads, 300, ragged, 37, 1, 20 + static_cast<uint64_t>(heads));
     }
-    check("parts", 20, 2048, {{9000, 1}, {100, 1}, {3000, 2}}, 0, false, 16, 50);
-    check("parts, any count", 20, 2048, {{9000, 1}, {8000, 3}}, 700, false, 7, 51);
-    check("parts", 64, 2048, {{9000, 1}}, 0, false, 8, 52);
-    check("pairs", 20, 256, ragged, 0, true, 1, 60);
-    check("pairs, any count", 20, 300, ragged, 37, true, 1, 61);
-    check("pairs", 32, 2048, {{9000, 33}}, 0, true, 1, 62);
-    check("pairs", 12, 256, {{500, 1}}, 0, true, 1, 63);
-    check("many", 20, 2048, {{20000, 600}}, 0, false, 1, 70);
+    check("parts", 20, 2048, {{9000, 1}, {100, 1}, {3000, 2}}, 0, 16, 50);
+    check("parts, any count", 20, 2048, {{9000, 1}, {8000, 3}}, 700, 7, 51);
+    check("parts", 64, 2048, {{9000, 1}}, 0, 8, 52);
+    check("many", 20, 2048, {{20000, 600}}, 0, 1, 70);
   }
   if (what != "check") {
     time_prefill(20, 4096, 200000, 0.0);

@@ -1,6 +1,7 @@
 #include "ops/index_select/index_select.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -186,6 +187,7 @@ void run(Exec& exec, const IndexSelectArgs& args) {
 }
 
 bool has_int8_keys(const IndexSelectArgs& args) { return args.keys.dtype == DType::kI8; }
+bool has_fp8_keys(const IndexSelectArgs& args) { return args.keys.dtype == DType::kF8E4M3; }
 
 // The kernels without vpdpbusd sum int8 products in f32, which is exact below 2^24.
 bool sums_are_exact(const IndexSelectArgs& args) {
@@ -195,15 +197,23 @@ bool sums_are_exact(const IndexSelectArgs& args) {
 constexpr OpImpl<IndexSelectArgs> kImpls[] = {
     {"avx512bf16",
      [](const IndexSelectArgs& args) {
-       return cpu_features().avx512_bf16 && (!has_int8_keys(args) || cpu_features().avx512_vnni);
+       return cpu_features().avx512_bf16 && !has_fp8_keys(args) &&
+              (!has_int8_keys(args) || cpu_features().avx512_vnni);
      },
      run<&avx512bf16::kIndexSelect>},
     {"avx512",
-     [](const IndexSelectArgs& args) { return cpu_features().avx512 && sums_are_exact(args); },
+     [](const IndexSelectArgs& args) {
+       return cpu_features().avx512 && !has_fp8_keys(args) && sums_are_exact(args);
+     },
      run<&avx512::kIndexSelect>},
     {"avx2",
-     [](const IndexSelectArgs& args) { return cpu_features().avx2 && sums_are_exact(args); },
+     [](const IndexSelectArgs& args) {
+       return cpu_features().avx2 && !has_fp8_keys(args) && sums_are_exact(args);
+     },
      run<&avx2::kIndexSelect>},
+#if defined(INDEXCACHE_CUDA) && !defined(INDEXCACHE_CUDA_EMULATION)
+    {"sm90_fp8", index_select_hopper_supported, index_select_hopper, Device::kCuda},
+#endif
 #ifdef INDEXCACHE_CUDA
     {"cuda", [](const IndexSelectArgs&) { return true; }, index_select_cuda, Device::kCuda},
 #endif
@@ -216,11 +226,10 @@ void check_contract(Device device, const IndexSelectArgs& args) {
   CHECK_GE(args.num_heads, 1);
   CHECK_GE(args.head_dim, 2);
   CHECK_EQ(args.head_dim % 2, 0);
-  CHECK(args.keys.dtype == DType::kF32 || args.keys.dtype == DType::kBF16 || has_int8_keys(args));
-  if (has_int8_keys(args)) {
-    CHECK_LE(args.head_dim, kMaxInt8HeadDim);
-    CHECK_EQ(args.keys.page_bytes % 4, 0);
-  }
+  CHECK(args.keys.dtype == DType::kF32 || args.keys.dtype == DType::kBF16 ||
+        rows_have_scales(args.keys.dtype));
+  if (has_int8_keys(args)) CHECK_LE(args.head_dim, kMaxInt8HeadDim);
+  if (rows_have_scales(args.keys.dtype)) CHECK_EQ(args.keys.page_bytes % 4, 0);
   CHECK_EQ(args.keys.row_elements, args.head_dim);
   CHECK_GE(args.keys.page_bytes, kPageTokens * paged_row_bytes(args.keys.dtype, args.head_dim));
   int64_t num_tokens = 0;
@@ -248,6 +257,21 @@ std::span<const OpImpl<IndexSelectArgs>> index_select_impls() { return kImpls; }
 void index_select(Exec& exec, const IndexSelectArgs& args) {
   check_contract(exec.device, args);
   run_op(exec, "index_select", kImpls, args, index_select_cost(args));
+}
+
+int64_t index_select_gpu_bytes(DType keys, int64_t num_heads, int64_t head_dim, int64_t num_tokens,
+                               int64_t context) {
+  const int64_t any = std::max(kIndexSelectWorkspaceBytes, 4 * context) +
+                      num_tokens * num_heads * (head_dim + 4) + 512;
+  if (keys != DType::kF8E4M3) return any;
+  // The largest of what index_select_fp8_workspace() of index_select_sm90.cuh says: padded queries,
+  // and the candidates of all multiprocessors (144 are on the chip), or the scores of a decode
+  // step.
+  const int64_t padded_heads =
+      std::max<int64_t>(16, std::bit_ceil(static_cast<uint64_t>(num_heads)));
+  const int64_t candidates = 144 * (256 / std::min<int64_t>(padded_heads, 256)) * 8192 * 8;
+  return std::max(any, num_tokens * padded_heads * (head_dim + 4) + 512 +
+                           std::max<int64_t>(candidates, 256 << 20));
 }
 
 Cost index_select_cost(const IndexSelectArgs& args) {

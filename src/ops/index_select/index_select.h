@@ -12,14 +12,18 @@
 // query that sees no more than k tokens selects them all and scores nothing. Output rows are
 // ascending positions; the rest of the row, up to k, is -1.
 //
-// Types. q and weights are f32; keys f32, bf16 or int8. With bf16 keys, q is rounded to bf16 before
-// the product (the field's habit, and what the bf16 dot-product instruction takes; that instruction
-// also counts denormals as zero). Dot products and sums over heads are accumulated in f32.
+// Types. q and weights are f32; keys f32, bf16, int8 or e4m3. With bf16 keys, q is rounded to bf16
+// before the product (the field's habit, and what the bf16 dot-product instruction takes; that
+// instruction also counts denormals as zero). Dot products and sums over heads are accumulated in
+// f32.
 //
 // With int8 keys (ops/kit/int8_rows.h) each row of q becomes int8 in the same way, with a scale:
 //   score(t, s) = key_scale[s] * sum_h (weights[t, h] * q_scale[t, h]) * relu(<q8[t, h], key8[s]>)
 // Dot products are exact integers, the rest is f32: the brackets and the outer product round once.
 // A row of q, or a key, with NaN or infinity makes its scores NaN.
+//
+// With e4m3 keys (ops/kit/fp8_rows.h) the same formula holds with rows of e4m3. Products of two
+// e4m3 numbers are exact in f32.
 //
 // Sameness. Within one implementation a query's scores do not depend on its neighbours in the
 // batch, and the best k are exact by (score, position). So one prefill, a chunked one, decoding one
@@ -27,8 +31,10 @@
 //
 // Tolerance. Implementations may add in another order, so a score may differ by
 //   2 (D + H) eps * sum_h |w_h| * sum_d |q_hd k_d|,  eps = 2^-24
-// (with int8 keys of the rows as quantised);
-// selections must be equal except for positions whose score is within twice that of the k-th best.
+// (with int8 and e4m3 keys of the rows as quantised). Hopper's tensor cores (`sm90_fp8`) keep of
+// the terms of one instruction, 32 products and the sum so far, 13 bits below the largest, M, and
+// cut off the rest: a dot product may differ by (D / 32) * 33 * 2^-13 * M besides. Selections must
+// be equal except for positions whose score is within twice that of the k-th best.
 //
 // Memory: O(threads * (k + tile) * queries in a block), independent of the context.
 // Cost: 2 H D flops for each visible (query, key) pair; every key is read once for each block of
@@ -53,6 +59,9 @@ struct IndexSelectArgs {
   int32_t* positions = nullptr;          // out [num_tokens, k]
   int32_t* counts = nullptr;             // out [num_tokens]: min(k, position + 1)
   const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
+  // At least the positions of any sequence, of this call and, when it is captured in a graph, of
+  // every replay with other sequences in device_seqs; 0: the longest of `seqs`. Changes no result.
+  int64_t max_context = 0;
 };
 
 // Up to here sums of int8 products fit 32 bits. A config cannot ask for more.

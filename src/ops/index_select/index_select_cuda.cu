@@ -28,7 +28,7 @@ __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0.0f : x; }
 struct Scoring {
   const float* q;        // [num_tokens, heads, dim]
   const float* weights;  // [num_tokens, heads]
-  const int8_t* q8;      // the same quantised, and weights times their scales: int8 keys
+  const uint8_t* q8;     // the same quantised, and weights times their scales: int8, e4m3 keys
   const float* weights8;
   int64_t heads, dim, k;
   PagedRows keys;
@@ -39,17 +39,19 @@ struct Scoring {
   int64_t row_stride;
 };
 
-// --- int8 queries: one block quantises one head's row of q ---
+// --- int8 and e4m3 queries: one block quantises one head's row of q ---
 
 constexpr unsigned kQuantiseThreads = 128;
 
 __global__ void __launch_bounds__(kQuantiseThreads)
-    quantise_queries(const float* q, const float* weights, int64_t dim, int8_t* q8,
+    quantise_queries(const float* q, const float* weights, int64_t dim, bool fp8, uint8_t* q8,
                      float* weights8) {
   const float* row = q + blockIdx.x * dim;
-  const float scale = block_int8_scale(row, dim);
-  for (int64_t d = threadIdx.x; d < dim; d += kQuantiseThreads)
-    q8[blockIdx.x * dim + d] = quantised(row[d], scale);
+  const float scale = block_row_scale(row, dim, fp8 ? 448 : 127);
+  for (int64_t d = threadIdx.x; d < dim; d += kQuantiseThreads) {
+    q8[blockIdx.x * dim + d] =
+        fp8 ? quantised_fp8(row[d], scale) : static_cast<uint8_t>(quantised(row[d], scale));
+  }
   if (threadIdx.x == 0) weights8[blockIdx.x] = weights[blockIdx.x] * scale;
 }
 
@@ -79,7 +81,8 @@ __global__ void __launch_bounds__(kKeys) score_kernel(Scoring s) {
   __shared__ Element query[kHeads][kDepth];
   const int thread = threadIdx.x;
   const int64_t first_key = static_cast<int64_t>(blockIdx.x) * kKeys, key = first_key + thread;
-  const int64_t row_bytes = s.dim * (dtype == DType::kF32 ? 4 : dtype == DType::kBF16 ? 2 : 1);
+  constexpr bool kScaled = dtype == DType::kI8 || dtype == DType::kF8E4M3;
+  const int64_t row_bytes = s.dim * (kScaled ? 1 : dtype == DType::kF32 ? 4 : 2);
   for (int64_t i = 0; i < kQueries; ++i) {
     const int64_t at = static_cast<int64_t>(blockIdx.y) * kQueries + i;  // of the launch
     if (at >= s.num_tokens) break;
@@ -111,7 +114,9 @@ __global__ void __launch_bounds__(kKeys) score_kernel(Scoring s) {
           Element value = 0;
           if (head < s.heads && d < s.dim) {
             if constexpr (dtype == DType::kI8) {
-              value = s.q8[from];
+              value = static_cast<int8_t>(s.q8[from]);
+            } else if constexpr (dtype == DType::kF8E4M3) {
+              value = f8e4m3_bits_to_f32(s.q8[from]);
             } else {
               value = dtype == DType::kBF16 ? rounded_to_bf16(s.q[from]) : s.q[from];
             }
@@ -130,12 +135,12 @@ __global__ void __launch_bounds__(kKeys) score_kernel(Scoring s) {
       for (int h = 0; h < kHeads; ++h) {
         if (first_head + h >= s.heads) break;
         const int64_t from = token * s.heads + first_head + h;
-        const float weight = dtype == DType::kI8 ? s.weights8[from] : s.weights[from];
+        const float weight = kScaled ? s.weights8[from] : s.weights[from];
         score += weight * relu(static_cast<float>(sums[h]));
       }
     }
     if (key >= visible) continue;
-    if constexpr (dtype == DType::kI8) score *= *paged_scale(s.keys, seq.pages, key);
+    if constexpr (kScaled) score *= *paged_scale(s.keys, seq.pages, key);
     s.ranks[at * s.row_stride + key] = rank_of(score);
   }
 }
@@ -372,7 +377,8 @@ void score(CudaStream& stream, const Scoring& s, int64_t longest) {
     return score_mma<1>(stream, s, longest);
   const auto kernel = s.keys.dtype == DType::kF32    ? score_kernel<DType::kF32>
                       : s.keys.dtype == DType::kBF16 ? score_kernel<DType::kBF16>
-                                                     : score_kernel<DType::kI8>;
+                      : s.keys.dtype == DType::kI8   ? score_kernel<DType::kI8>
+                                                     : score_kernel<DType::kF8E4M3>;
   launch(kernel, dim3(blocks_for(longest, kKeys).x, blocks_for(s.num_tokens, kQueries).x), kKeys, 0,
          stream, s);
 }
@@ -388,14 +394,14 @@ void index_select_cuda(Exec& exec, const IndexSelectArgs& args) {
   }
   if (num_tokens == 0) return;
   CudaStream& stream = exec.cuda();
-  const bool int8 = args.keys.dtype == DType::kI8, scored = longest > args.k;
+  const bool scaled = rows_have_scales(args.keys.dtype), scored = longest > args.k;
   const int64_t row_stride = scored ? round_up(longest, 4) : 0;
   const int64_t rows =
       scored ? std::clamp<int64_t>(kIndexSelectWorkspaceBytes / (4 * row_stride), 1, num_tokens)
              : num_tokens;
   const int64_t rank_bytes = round_up(rows * row_stride * 4, 256),
-                weight_bytes = int8 ? round_up(num_tokens * heads * 4, 256) : 0,
-                query_bytes = int8 ? num_tokens * heads * dim : 0;
+                weight_bytes = scaled ? round_up(num_tokens * heads * 4, 256) : 0,
+                query_bytes = scaled ? num_tokens * heads * dim : 0;
   uint8_t* scratch = stream.scratch(static_cast<size_t>(rank_bytes + weight_bytes + query_bytes));
 
   Scoring s = {};
@@ -409,11 +415,11 @@ void index_select_cuda(Exec& exec, const IndexSelectArgs& args) {
   s.num_seqs = static_cast<int>(args.seqs.size());
   s.ranks = reinterpret_cast<uint32_t*>(scratch);
   s.row_stride = row_stride;
-  if (int8 && scored) {
+  if (scaled && scored) {
     float* weights8 = reinterpret_cast<float*>(scratch + rank_bytes);
-    int8_t* q8 = reinterpret_cast<int8_t*>(scratch + rank_bytes + weight_bytes);
+    uint8_t* q8 = scratch + rank_bytes + weight_bytes;
     launch(quantise_queries, blocks_for(num_tokens * heads, 1), kQuantiseThreads, 0, stream, args.q,
-           args.weights, dim, q8, weights8);
+           args.weights, dim, args.keys.dtype == DType::kF8E4M3, q8, weights8);
     s.q8 = q8;
     s.weights8 = weights8;
   }

@@ -26,10 +26,12 @@ Sizes sizes_of(const IndexSelectFp8Args& args, int num_multiprocessors) {
     sizes.num_blocks += (tokens + block_queries - 1) / block_queries;
   }
   const int columns = sizes.num_heads * (sizes.max_queries > 2 ? 4 : sizes.max_queries);
-  sizes.decode = sizes.max_queries <= 4 && columns <= 128 && args.seqs.size() <= 256;
+  const int64_t score_bytes = int64_t{sizes.num_tokens} * args.max_context * 4;
+  sizes.decode = sizes.max_queries <= 4 && columns <= 128 && args.seqs.size() <= 256 &&
+                 score_bytes <= kMaxDecodeScoreBytes;
   sizes.q8 = padded_bytes(int64_t{sizes.num_tokens} * sizes.num_heads * kIndexDim);
   sizes.weights = padded_bytes(int64_t{sizes.num_tokens} * sizes.num_heads * 4);
-  sizes.rest = sizes.decode ? int64_t{sizes.num_tokens} * args.max_context * 4
+  sizes.rest = sizes.decode ? score_bytes
                             : index_select_prefill_workspace(sizes.num_heads, num_multiprocessors);
   return sizes;
 }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "ops/index_select/index_select.h"
+#include "ops/kit/fp8_rows.h"
 #include "ops/kit/int8_rows.h"
 
 namespace indexcache {
@@ -30,12 +31,19 @@ Query query_of(const IndexSelectArgs& args, int64_t token) {
       query.weights[static_cast<size_t>(h)] *= quantise_row(q + h * dim, dim, integers.data());
       std::copy(integers.begin(), integers.end(), query.q.begin() + h * dim);
     }
+  } else if (args.keys.dtype == DType::kF8E4M3) {
+    std::vector<uint8_t> bits(static_cast<size_t>(dim));
+    for (int64_t h = 0; h < heads; ++h) {
+      query.weights[static_cast<size_t>(h)] *= quantise_fp8_row(q + h * dim, dim, bits.data());
+      std::transform(bits.begin(), bits.end(), query.q.begin() + h * dim, f8e4m3_to_f32);
+    }
   }
   return query;
 }
 
 double key_element(const IndexSelectArgs& args, const uint8_t* row, int64_t d) {
   if (args.keys.dtype == DType::kI8) return reinterpret_cast<const int8_t*>(row)[d];
+  if (args.keys.dtype == DType::kF8E4M3) return f8e4m3_to_f32(row[d]);
   if (args.keys.dtype == DType::kBF16)
     return bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d]);
   return reinterpret_cast<const float*>(row)[d];
@@ -53,7 +61,7 @@ double score(const IndexSelectArgs& args, const SeqSpan& seq, const Query& query
     }
     sum += static_cast<double>(query.weights[static_cast<size_t>(h)]) * relu(dot);
   }
-  if (args.keys.dtype == DType::kI8) sum *= *args.keys.scale(seq.pages, position);
+  if (rows_have_scales(args.keys.dtype)) sum *= *args.keys.scale(seq.pages, position);
   return sum == sum ? sum : -std::numeric_limits<double>::infinity();
 }
 

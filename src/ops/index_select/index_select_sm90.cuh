@@ -8,8 +8,8 @@
 // -infinity, ascending positions, -1 behind them. Sums over heads are added in one fixed order, so
 // that a query's scores do not depend on the batch, and decode gives the bits of prefill.
 //
-// Keys lie in pages of [64][128] e4m3 and then [64] f32 scales; page_bytes is a multiple of 16 and
-// key_base of 128.
+// Keys lie in pages of [64][128] e4m3 and then [64] f32 scales; page_bytes and key_base are
+// multiples of 16.
 //
 // All pointers are of the GPU.
 #pragma once
@@ -38,6 +38,8 @@ constexpr int padded_index_heads(int64_t num_heads) {
 
 // --- the whole op (index_select_fp8_sm90.cu) ---
 
+inline constexpr int64_t kMaxDecodeScoreBytes = 256 << 20;
+
 struct IndexSelectFp8Args {
   const float* q = nullptr;        // [num_tokens, num_heads, 128], 16-byte aligned
   const float* weights = nullptr;  // [num_tokens, num_heads]
@@ -57,8 +59,9 @@ struct IndexSelectFp8Args {
 // Bytes of `workspace`, which is 256-byte aligned.
 int64_t index_select_fp8_workspace(const IndexSelectFp8Args& args, int num_multiprocessors);
 
-// Batches of at most 4 tokens a sequence may be captured in a graph and replayed with other
-// contents of device_seqs of the same numbers of tokens.
+// Batches of at most 4 tokens a sequence (as far as their scores take no more than
+// kMaxDecodeScoreBytes) may be captured in a graph and replayed with other contents of device_seqs
+// of the same numbers of tokens.
 cudaError_t index_select_fp8(const IndexSelectFp8Args& args, void* workspace,
                              int num_multiprocessors, cudaStream_t stream);
 

@@ -10,6 +10,7 @@
 
 #include "base/checked.h"
 #include "base/rng.h"
+#include "ops/kit/fp8_rows.h"
 #include "ops/kit/int8_rows.h"
 #include "ops/kit/test_device.h"
 
@@ -26,6 +27,7 @@ static IndexSelectArgs to_device(DeviceOperands& device, IndexSelectArgs args) {
   device.elements(args.q, tokens * args.num_heads * args.head_dim);
   device.elements(args.weights, tokens * args.num_heads);
   device.pool(args.keys, (last_page + 1) * args.keys.page_bytes);
+  args.keys.num_pages = last_page + 1;
   device.elements(args.positions, tokens * args.k);
   device.elements(args.counts, tokens);
   args.device_seqs = device.seqs(args.seqs);
@@ -40,6 +42,8 @@ const float kNan = std::numeric_limits<float>::quiet_NaN();
 const float kInfinity = std::numeric_limits<float>::infinity();
 
 // Of int8 keys the integers are exact too: an element of each row is 127 or -127, so scales are 1.
+// Of e4m3 keys small ones are: an element is 7 or -7, so scales are 1/64. Sums then need less than
+// the 13 bits that Hopper's tensor cores keep.
 enum class Values { kNormal, kSmallIntegers, kInt8, kZeros };
 
 struct Sizes {
@@ -80,6 +84,8 @@ struct Problem {
         values == Values::kInt8 || (values == Values::kSmallIntegers && s.dtype == DType::kI8);
     const auto fill_row = [&](float* row) {
       for (int64_t d = 0; d < s.dim; ++d) row[d] = value();
+      if (values == Values::kSmallIntegers && s.dtype == DType::kF8E4M3)
+        row[rng.below(static_cast<uint64_t>(s.dim))] = rng.below(2) ? 7 : -7;
       if (unit_scales) row[rng.below(static_cast<uint64_t>(s.dim))] = rng.below(2) ? 127 : -127;
     };
     int64_t tokens = 0, num_pages = 0;
@@ -112,6 +118,7 @@ struct Problem {
     args.keys.page_bytes = kPageTokens * paged_row_bytes(s.dtype, s.dim) + 64;  // may be apart
     pool.resize(order.size() * static_cast<size_t>(args.keys.page_bytes));
     args.keys.base = pool.data();
+    args.keys.num_pages = std::ssize(order);
     args.seqs = seqs;
     args.k = s.k;
     for (size_t i = 0; i < pool.size(); i += s.dtype == DType::kBF16 ? 2 : 4) {
@@ -134,6 +141,8 @@ struct Problem {
     if (sizes.dtype == DType::kI8) {
       *args.keys.scale(seq.pages, position) =
           quantise_row(values.data(), sizes.dim, reinterpret_cast<int8_t*>(row));
+    } else if (sizes.dtype == DType::kF8E4M3) {
+      *args.keys.scale(seq.pages, position) = quantise_fp8_row(values.data(), sizes.dim, row);
     } else if (sizes.dtype == DType::kBF16) {
       std::transform(values.begin(), values.end(), reinterpret_cast<uint16_t*>(row), f32_to_bf16);
     } else {
@@ -147,13 +156,14 @@ struct Problem {
       values[d] = sizes.dtype == DType::kF32 ? reinterpret_cast<const float*>(row)[d]
                   : sizes.dtype == DType::kBF16
                       ? bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[d])
-                      : reinterpret_cast<const int8_t*>(row)[d];
+                  : sizes.dtype == DType::kF8E4M3 ? f8e4m3_to_f32(row[d])
+                                                  : reinterpret_cast<const int8_t*>(row)[d];
     }
     return values;
   }
   // What the sum over heads is multiplied with.
   double key_scale(const SeqSpan& seq, int64_t position) const {
-    return sizes.dtype == DType::kI8 ? *args.keys.scale(seq.pages, position) : 1;
+    return rows_have_scales(sizes.dtype) ? *args.keys.scale(seq.pages, position) : 1;
   }
   // The rows of q and the weights of one token, in the precision that goes with the keys.
   std::pair<std::vector<float>, std::vector<float>> query(int64_t token) const {
@@ -169,20 +179,35 @@ struct Problem {
         factors[h] *= quantise_row(&rows[h * sizes.dim], sizes.dim, &integers[h * sizes.dim]);
       }
       std::copy(integers.begin(), integers.end(), rows.begin());
+    } else if (sizes.dtype == DType::kF8E4M3) {
+      std::vector<uint8_t> bits(static_cast<size_t>(sizes.dim));
+      for (int64_t h = 0; h < sizes.heads; ++h) {
+        float* row = rows.data() + h * sizes.dim;
+        factors[h] *= quantise_fp8_row(row, sizes.dim, bits.data());
+        std::transform(bits.begin(), bits.end(), row, f8e4m3_to_f32);
+      }
     }
     return {rows, factors};
   }
 };
 
-Device device_of(const std::string& name) {
+const OpImpl<IndexSelectArgs>& find(const std::string& name) {
   for (const OpImpl<IndexSelectArgs>& impl : index_select_impls()) {
-    if (impl.name == name) return impl.device;
+    if (impl.name == name) return impl;
   }
-  return Device::kCpu;
+  return index_select_impls().back();
 }
 
-Selection run(const Problem& problem, const std::string& impl, int threads) {
+Device device_of(const std::string& name) { return find(name).device; }
+
+bool takes(const std::string& impl, const Problem& problem) {
+  return find(impl).supported(problem.args);
+}
+
+Selection run(const Problem& problem, const std::string& impl, int threads,
+              int64_t max_context = 0) {
   IndexSelectArgs args = problem.args;
+  args.max_context = max_context;
   const int64_t tokens = std::ssize(problem.weights) / args.num_heads;
   Selection out{std::vector<int32_t>(static_cast<size_t>(tokens * args.k + kGuard), kPoison),
                 std::vector<int32_t>(static_cast<size_t>(tokens + kGuard), kPoison)};
@@ -198,7 +223,10 @@ Selection run(const Problem& problem, const std::string& impl, int threads) {
 }
 
 // Everything the contract says about one selection, from scores in double.
-void expect_valid(const Problem& problem, const Selection& got, const std::string& what) {
+void expect_valid(const Problem& problem, const Selection& got, const std::string& impl) {
+  const std::string what = impl + " " + describe(problem.sizes);
+  const double cut_off =
+      impl == "sm90_fp8" ? static_cast<double>(problem.sizes.dim) / 32 * 33 * 0x1p-13 : 0;
   const IndexSelectArgs& args = problem.args;
   for (const SeqSpan& seq : problem.seqs) {
     for (int64_t i = 0; i < seq.num_tokens; ++i) {
@@ -220,21 +248,23 @@ void expect_valid(const Problem& problem, const Selection& got, const std::strin
       const auto [q, weights] = problem.query(token);
       for (int64_t p = 0; p < visible; ++p) {
         const std::vector<float> key = problem.key(seq, p);
-        double size = 0;
+        double size = 0, cut = 0;
         for (int64_t h = 0; h < args.num_heads; ++h) {
-          double dot = 0, dot_size = 0;
+          double dot = 0, dot_size = 0, largest = 0;
           for (int64_t d = 0; d < args.head_dim; ++d) {
             const double product = static_cast<double>(q[h * args.head_dim + d]) * key[d];
             dot += product;
             dot_size += std::abs(product);
+            largest = std::max({largest, std::abs(product), std::abs(dot)});
           }
+          cut += std::abs(weights[h]) * largest * cut_off;
           scores[p] += weights[h] * std::max(dot, 0.0);
           size += std::abs(weights[h]) * dot_size;
         }
         scores[p] *= problem.key_scale(seq, p);
-        size *= problem.key_scale(seq, p);
-        tolerance = std::max(
-            tolerance, 2.0 * static_cast<double>(args.head_dim + args.num_heads) * 0x1p-24 * size);
+        const double rounded =
+            2.0 * static_cast<double>(args.head_dim + args.num_heads) * 0x1p-24 * size;
+        tolerance = std::max(tolerance, (rounded + cut) * problem.key_scale(seq, p));
       }
       std::vector<double> sorted = scores;
       std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(),
@@ -280,6 +310,18 @@ const std::vector<Sizes>& all_sizes() {
       {kI8, 3, 64, 2048, {{2040, 20}, {2047, 1}, {2048, 1}, {5000, 2}}},
       {kI8, 33, 66, 1, {{3000, 1}, {100, 18}}},
       {kI8, 16, 32, 64, {{1500, 1}, {0, 100}}},
+      {kF8E4M3, 1, 2, 1, {{0, 5}, {0, 0}, {9, 1}}},
+      {kF8E4M3, 3, 6, 7, {{0, 40}, {6, 1}, {7, 2}, {5, 3}}},
+      {kF8E4M3, 17, 130, 256, {{500, 2}, {1000, 1}, {250, 16}}},
+      // Of 128 elements, which Hopper's kernels take: few tokens a sequence, and many.
+      {kF8E4M3, 32, 128, 256, {{255, 1}, {256, 1}, {700, 3}, {0, 0}, {300, 2}}},
+      {kF8E4M3, 32, 128, 256, {{255, 1}, {254, 5}, {700, 3}, {300, 20}}},
+      {kF8E4M3, 1, 128, 7, {{63, 1}, {64, 17}, {127, 33}}},
+      {kF8E4M3, 20, 128, 2048, {{2040, 20}, {2047, 1}, {5000, 2}}},
+      {kF8E4M3, 40, 128, 100, {{500, 1}, {1000, 2}}},
+      {kF8E4M3, 40, 128, 100, {{500, 7}}},
+      {kF8E4M3, 128, 128, 64, {{300, 1}, {64, 1}}},
+      {kF8E4M3, 128, 128, 64, {{300, 5}}},
   };
   return sizes;
 }
@@ -289,7 +331,12 @@ class IndexSelect : public testing::TestWithParam<int> {
   void SetUp() override {
     const OpImpl<IndexSelectArgs>& entry = index_select_impls()[static_cast<size_t>(GetParam())];
     impl_ = entry.name;
-    if (!can_run(entry.device) || !entry.supported({}))
+    IndexSelectArgs fp8;
+    fp8.num_heads = 32;
+    fp8.head_dim = 128;
+    fp8.k = 64;
+    fp8.keys = {.dtype = DType::kF8E4M3, .row_elements = 128, .num_pages = 1};
+    if (!can_run(entry.device) || (!entry.supported({}) && !entry.supported(fp8)))
       GTEST_SKIP() << "this machine cannot run " << impl_;
     printf("seed %llu\n", static_cast<unsigned long long>(kSeed));
   }
@@ -302,15 +349,15 @@ class IndexSelect : public testing::TestWithParam<int> {
 TEST_P(IndexSelect, RandomScoresWithinTheGap) {
   for (const Sizes& sizes : all_sizes()) {
     const Problem problem(sizes, Values::kNormal, rng_);
-    expect_valid(problem, run(problem, impl_, 2), describe(sizes));
+    if (takes(impl_, problem)) expect_valid(problem, run(problem, impl_, 2), impl_);
   }
 }
 
 TEST_P(IndexSelect, RandomSizes) {
   for (int round = 0; round < 90; ++round) {
-    const DType dtypes[] = {DType::kF32, DType::kBF16, DType::kI8};
+    const DType dtypes[] = {DType::kF32, DType::kBF16, DType::kI8, DType::kF8E4M3};
     const int64_t heads[] = {1, 2, 3, 8, 15, 16, 20}, dims[] = {2, 6, 30, 32, 34, 64};
-    Sizes sizes{dtypes[rng_.below(3)],
+    Sizes sizes{dtypes[rng_.below(4)],
                 heads[rng_.below(7)],
                 dims[rng_.below(6)],
                 1 + static_cast<int64_t>(rng_.below(80)),
@@ -318,9 +365,14 @@ TEST_P(IndexSelect, RandomSizes) {
     for (uint64_t i = rng_.below(4) + 1; i > 0; --i) {
       sizes.spans.push_back({rng_.below(300), rng_.below(40)});
     }
+    if (impl_ == "sm90_fp8") {
+      sizes.dtype = DType::kF8E4M3;
+      sizes.dim = 128;
+      sizes.heads = 1 + static_cast<int64_t>(rng_.below(128));
+    }
     const Problem problem(sizes, Values::kNormal, rng_);
-    expect_valid(problem, run(problem, impl_, 1 + static_cast<int>(rng_.below(4))),
-                 describe(sizes));
+    if (!takes(impl_, problem)) continue;
+    expect_valid(problem, run(problem, impl_, 1 + static_cast<int>(rng_.below(4))), impl_);
   }
 }
 
@@ -329,6 +381,7 @@ TEST_P(IndexSelect, TiesGoToTheLowerPosition) {
   for (const Sizes& sizes : all_sizes()) {
     for (const Values values : {Values::kSmallIntegers, Values::kZeros}) {
       const Problem problem(sizes, values, rng_);
+      if (!takes(impl_, problem)) continue;
       const Selection got = run(problem, impl_, 2);
       EXPECT_EQ(got, run(problem, "ref", 2)) << describe(sizes);
       if (values == Values::kZeros) {
@@ -351,6 +404,7 @@ TEST_P(IndexSelect, Int8ProductsAreExact) {
       {DType::kI8, 18, 30, 40, {{100, 100}}}, {DType::kI8, 18, 30, 40, {{250, 1}}}};
   for (const Sizes& size : sizes) {
     const Problem problem(size, Values::kInt8, rng_);
+    if (!takes(impl_, problem)) GTEST_SKIP() << impl_ << " takes no int8 keys";
     EXPECT_EQ(run(problem, impl_, 2), run(problem, "ref", 2)) << describe(size);
   }
   // The largest sums there can be, of either sign.
@@ -382,6 +436,7 @@ TEST_P(IndexSelect, Int8SelectionsAreWithinTheGapOfF32) {
   for (int64_t p = 0; p < 520; ++p) {
     rounded.set_key(rounded.seqs[0], p, exact.key(exact.seqs[0], p));
   }
+  if (!takes(impl_, rounded)) GTEST_SKIP() << impl_ << " takes no int8 keys";
   const Selection got = run(rounded, impl_, 2);
   const auto largest = [&](const float* row) {
     float most = 0;
@@ -432,6 +487,7 @@ TEST_P(IndexSelect, Int8SelectionsAreWithinTheGapOfF32) {
 TEST_P(IndexSelect, NanAndInfinityRank) {
   for (const Sizes& sizes : all_sizes()) {
     Problem problem(sizes, Values::kSmallIntegers, rng_);
+    if (!takes(impl_, problem)) continue;
     for (const SeqSpan& seq : problem.seqs) {
       for (int64_t p = 0; p < seq.first_position + seq.num_tokens; ++p) {
         const float specials[] = {kNan, -kNan, kInfinity, -kInfinity};
@@ -447,8 +503,10 @@ TEST_P(IndexSelect, NanAndInfinityRank) {
 }
 
 TEST_P(IndexSelect, OnlyNanIsStillSelected) {
-  for (const DType dtype : {DType::kBF16, DType::kI8}) {
-    Problem problem({dtype, 2, 4, 70, {{199, 1}, {90, 20}}}, Values::kNormal, rng_);
+  for (const DType dtype : {DType::kBF16, DType::kI8, DType::kF8E4M3}) {
+    const int64_t dim = dtype == DType::kF8E4M3 ? 128 : 4;
+    Problem problem({dtype, 2, dim, 70, {{199, 1}, {90, 20}}}, Values::kNormal, rng_);
+    if (!takes(impl_, problem)) continue;
     for (float& x : problem.q) x = kNan;
     const Selection got = run(problem, impl_, 2);
     for (int32_t i = 0; i < 70; ++i) EXPECT_EQ(got.positions[static_cast<size_t>(i)], i);
@@ -459,10 +517,12 @@ TEST_P(IndexSelect, OnlyNanIsStillSelected) {
 TEST_P(IndexSelect, IndependentOfThreadsAndOfTheBatch) {
   for (const Sizes& sizes : all_sizes()) {
     const Problem problem(sizes, Values::kNormal, rng_);
+    if (!takes(impl_, problem)) continue;
     const Selection whole = run(problem, impl_, 1);
     for (const int threads : {2, 3, 7}) {
       EXPECT_EQ(whole, run(problem, impl_, threads)) << describe(sizes) << " threads " << threads;
     }
+    EXPECT_EQ(whole, run(problem, impl_, 2, 20000)) << describe(sizes) << " in a long context";
     Exec exec(2, device_of(impl_));
     exec.forced["index_select"] = impl_;
     Selection single = whole;
@@ -494,7 +554,8 @@ TEST_P(IndexSelect, IndependentOfThreadsAndOfTheBatch) {
 }
 
 TEST_P(IndexSelect, NothingToDo) {
-  const Problem problem({DType::kF32, 2, 4, 3, {{0, 0}, {7, 0}}}, Values::kNormal, rng_);
+  const DType dtype = impl_ == "sm90_fp8" ? DType::kF8E4M3 : DType::kF32;
+  const Problem problem({dtype, 2, 128, 3, {{0, 0}, {7, 0}}}, Values::kNormal, rng_);
   EXPECT_TRUE(run(problem, impl_, 2).counts.empty());
 }
 

@@ -144,10 +144,11 @@ __device__ __forceinline__ BlockScan block_scan(uint32_t value) {
   return scan;
 }
 
-// --- int8 rows, as quantise_row of ops/kit/int8_rows.h makes them ---
+// --- int8 and e4m3 rows, as ops/kit/int8_rows.h and fp8_rows.h make them ---
 
-// The scale of a row that the whole block reads; every thread gets it.
-__device__ __forceinline__ float block_int8_scale(const float* x, int64_t n) {
+// The scale of a row that the whole block reads, with the largest number of the row becoming
+// `range`; every thread gets it.
+__device__ __forceinline__ float block_row_scale(const float* x, int64_t n, float range) {
   __shared__ float of_warp[kWarpLanes];
   float largest = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
@@ -161,12 +162,28 @@ __device__ __forceinline__ float block_int8_scale(const float* x, int64_t n) {
   __syncthreads();
   for (unsigned warp = 0; warp < blockDim.x / kWarpLanes; ++warp)
     largest = fmaxf(largest, of_warp[warp]);
-  return largest < -minus_infinity() ? largest / 127 : quiet_nan();
+  return largest < -minus_infinity() ? largest / range : quiet_nan();
 }
 
 __device__ __forceinline__ int8_t quantised(float x, float scale) {
   if (!(scale > 0)) return 0;
   return static_cast<int8_t>(nearbyintf(fminf(fmaxf(x / scale, -127.0f), 127.0f)));
+}
+
+// f32_to_f8e4m3 of tensor/dtype.h for numbers; no GPU before Hopper has an instruction for it.
+__device__ __forceinline__ uint8_t f32_to_f8e4m3_bits(float value) {
+  const uint32_t bits = __float_as_uint(value), sign = bits >> 24 & 0x80u;
+  const float magnitude = fabsf(value);
+  if (magnitude >= 448.0f) return static_cast<uint8_t>(sign | 0x7Eu);
+  if (magnitude < 0x1p-6f)  // subnormal; 8 is the lowest normal number
+    return static_cast<uint8_t>(sign | static_cast<uint32_t>(nearbyintf(magnitude * 0x1p9f)));
+  const uint32_t rest = bits & 0x7FFFFFFFu, rounded = rest + 0x7FFFFu + (rest >> 20 & 1u);
+  return static_cast<uint8_t>(sign | ((rounded >> 20) - (120u << 3)));
+}
+
+__device__ __forceinline__ uint8_t quantised_fp8(float x, float scale) {
+  if (!(scale > 0)) return 0;
+  return f32_to_f8e4m3_bits(x / scale);
 }
 
 // --- tokens of a ragged batch ---

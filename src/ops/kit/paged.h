@@ -15,19 +15,20 @@ inline constexpr int64_t kPageTokens = 64;
 // table `pages`: page = pages[p / 64], address = base + page * page_bytes + (p % 64) * row_elements
 // * sizeof(dtype).
 //
-// int8 rows (ops/kit/int8_rows.h) have a scale each, after the rows of the page: a page is
-// [64][row_elements] int8, then [64] f32.
+// int8 and e4m3 rows (ops/kit/int8_rows.h, fp8_rows.h) have a scale each, after the rows of the
+// page: a page is [64][row_elements] of one byte, then [64] f32.
 struct PagedRows {
-  DType dtype = DType::kF32;  // kF32, kBF16 or kI8; an op says which it takes
+  DType dtype = DType::kF32;  // kF32, kBF16, kI8 or kF8E4M3; an op says which it takes
   int64_t row_elements = 0;
   int64_t page_bytes = 0;
   uint8_t* base = nullptr;
+  int64_t num_pages = 0;  // of the pool
 
   uint8_t* row(const int32_t* pages, int64_t position) const {
     return base + pages[position / kPageTokens] * page_bytes +
            (position % kPageTokens) * row_elements * dtype_bytes(dtype);
   }
-  // Of an int8 row. Pages lie so that it is aligned.
+  // Of a row that has one. Pages lie so that it is aligned.
   float* scale(const int32_t* pages, int64_t position) const {
     return reinterpret_cast<float*>(base + pages[position / kPageTokens] * page_bytes +
                                     kPageTokens * row_elements) +
@@ -35,9 +36,11 @@ struct PagedRows {
   }
 };
 
+inline bool rows_have_scales(DType dtype) { return dtype == DType::kI8 || dtype == DType::kF8E4M3; }
+
 // Bytes of one cached row, its scale included; a page takes 64 times that.
 inline int64_t paged_row_bytes(DType dtype, int64_t row_elements) {
-  return row_elements * dtype_bytes(dtype) + (dtype == DType::kI8 ? 4 : 0);
+  return row_elements * dtype_bytes(dtype) + (rows_have_scales(dtype) ? 4 : 0);
 }
 
 // A run of consecutive tokens of one sequence inside a ragged batch: rows [token_begin, token_begin

@@ -35,8 +35,10 @@ void sparse_mla_hopper(Exec& exec, const SparseMlaArgs& args) {
   a.counts = args.counts;
   a.k = static_cast<int>(args.k);
   a.out = args.out;
-  const int parts =
-      sm90::sparse_mla_num_parts(a.num_tokens, a.num_heads, a.k, stream.num_multiprocessors());
+  const int parts = exec.batch_invariant
+                        ? 1
+                        : sm90::sparse_mla_num_parts(a.num_tokens, a.num_heads, a.k,
+                                                     stream.num_multiprocessors());
   const int64_t workspace = sm90::sparse_mla_workspace(a.num_tokens, a.num_heads, parts);
   check_cuda(sm90::sparse_mla_sm90(a, parts, stream.scratch(static_cast<size_t>(workspace)),
                                    stream.num_multiprocessors(), stream_of(stream)),

@@ -10,14 +10,14 @@
 // token, 19.3 GB, 3.5 ms at 5.5 TB/s; 0.73 TFLOP, 1 ms at 720 TFLOP/s, but a wgmma of N = 24 is
 // bound by reading its 64 x 16 tile of rows from shared memory, 16 + 6 cycles at 128 bytes a cycle:
 // 68 of them a tile of 64 keys, 1500 cycles, against 3000 to gather it. So the gather is the floor,
-// and its copies must never pause; sharing rows between neighbouring tokens divides it.
+// and its copies must never pause. (Joining neighbouring tokens over the union of their selections,
+// measured at overlaps up to 0.85, gathers less and is no faster.)
 //
 // A block of 384 threads: one warpgroup gathers tiles of 64 rows (73,728 bytes) into two stages,
 // two compute. How the two share the work:
 // - kSplitKeys: one token, up to 32 heads; the warpgroups take alternate tiles and merge at the
 // end.
 // - kSplitHeads: one token, up to 64 heads at a time, half for each warpgroup.
-// - kPairs: two tokens, one for each warpgroup, over the union of their selections.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -25,7 +25,6 @@
 #include "ops/kit/sm90_barrier.cuh"
 #include "ops/kit/sm90_tma.cuh"
 #include "ops/kit/sm90_wgmma.cuh"
-#include "ops/sparse_mla/sparse_mla_pairs_sm90.h"
 #include "ops/sparse_mla/sparse_mla_sm90.cuh"
 
 namespace indexcache::sm90 {
@@ -37,11 +36,10 @@ constexpr int kValuePanels = kLatentDim / 64;
 constexpr int kPanelBytes = kTileKeys * 128;
 constexpr int kStages = 2;
 constexpr int kRowBytes = kLatentRow * 2;
-constexpr int kNoKey =
-    kSlotMask;  // neither a position that any context reaches nor an entry of a pair
+constexpr int kNoKey = (1 << 30) - 1;  // no context reaches this position
 constexpr float kLog2e = 1.4426950408889634f;
 
-enum class Mode { kSplitKeys, kSplitHeads, kPairs };
+enum class Mode { kSplitKeys, kSplitHeads };
 
 template <int kN, Mode kMode>
 struct Shared {
@@ -60,17 +58,15 @@ struct Params {
   int part_keys;        // a multiple of the tile
   float* part_out;      // with several parts: [tokens][heads][parts][512], normalised
   float* part_lse;      // [tokens][heads][parts], log2 of the sum of 2^(score), -infinity if empty
-  const int32_t* union_slots;  // kPairs: see sparse_mla_pairs_sm90.h
-  const int32_t* union_counts;
   int num_items;
 };
 
 // What one block works on at a time: a list of keys, and who wants them.
 struct Item {
-  const int32_t* keys;   // positions, or slots with kPairs
-  const int32_t* pages;  // null with kPairs
+  const int32_t* keys;  // positions
+  const int32_t* pages;
   int num_keys;
-  int token;  // with kPairs the first of two
+  int token;
   int first_head;
   int part;
 
@@ -83,29 +79,23 @@ template <int kN, Mode kMode>
 __device__ Item find_item(const Params& params, int index) {
   const SparseMlaSm90Args& args = params.args;
   Item item = {};
-  if constexpr (kMode == Mode::kPairs) {
-    item.keys = params.union_slots + static_cast<int64_t>(index) * 2 * args.k;
-    item.num_keys = params.union_counts[index];
-    item.token = 2 * index;
-  } else {
-    item.part = index % params.num_parts;
-    const int rest = index / params.num_parts;
-    item.first_head = rest % params.num_head_groups * (kMode == Mode::kSplitHeads ? 2 * kN : kN);
-    item.token = rest / params.num_head_groups;
-    const int begin = item.part * params.part_keys;
-    item.keys = args.positions + static_cast<int64_t>(item.token) * args.k + begin;
-    item.num_keys = min(max(args.counts[item.token] - begin, 0), params.part_keys);
-    int low = 0, high = args.num_seqs - 1;  // the last run that begins no later than the token
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (args.seqs[middle].token_begin <= item.token) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
+  item.part = index % params.num_parts;
+  const int rest = index / params.num_parts;
+  item.first_head = rest % params.num_head_groups * (kMode == Mode::kSplitHeads ? 2 * kN : kN);
+  item.token = rest / params.num_head_groups;
+  const int begin = item.part * params.part_keys;
+  item.keys = args.positions + static_cast<int64_t>(item.token) * args.k + begin;
+  item.num_keys = min(max(args.counts[item.token] - begin, 0), params.part_keys);
+  int low = 0, high = args.num_seqs - 1;  // the last run that begins no later than the token
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (args.seqs[middle].token_begin <= item.token) {
+      low = middle;
+    } else {
+      high = middle - 1;
     }
-    item.pages = args.seqs[low].pages;
   }
+  item.pages = args.seqs[low].pages;
   return item;
 }
 
@@ -135,12 +125,8 @@ __device__ void gather_loop(const Params& params, Shared<kN, kMode>& shared) {
     for (int i = 0; i < 4; ++i) {
       from[i] = nullptr;
       if (keys[i] == kNoKey) continue;
-      const int slot = kMode == Mode::kPairs
-                           ? keys[i] & kSlotMask
-                           : item.pages[keys[i] / kPageTokens] * static_cast<int>(kPageTokens) +
-                                 keys[i] % static_cast<int>(kPageTokens);
-      from[i] = args.rows + slot / kPageTokens * args.page_bytes + slot % kPageTokens * kRowBytes +
-                unit * 16;
+      from[i] = args.rows + item.pages[keys[i] / kPageTokens] * args.page_bytes +
+                keys[i] % kPageTokens * kRowBytes + unit * 16;
     }
   };
 
@@ -449,7 +435,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
   for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
     const Item item = find_item<kN, kMode>(params, index);
     const int num_tiles = item.num_tiles();
-    const int token = kMode == Mode::kPairs ? item.token + group : item.token;
+    const int token = item.token;
     const int first_head = item.first_head + (kMode == Mode::kSplitHeads ? group * kN : 0);
     const int q_index = kSplitKeys ? 0 : group;
     if constexpr (kSplitKeys) {
@@ -459,8 +445,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
       named_barrier(kBothGroups, 256);
     } else {
       named_barrier(2 + group, 128);
-      if (token < args.num_tokens)
-        load_q<kN>(args, token, first_head, shared.q[q_index], thread, 128);
+      load_q<kN>(args, token, first_head, shared.q[q_index], thread, 128);
       fence_async_proxy();
       named_barrier(2 + group, 128);
     }
@@ -475,9 +460,6 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
       for (int i = 0; i < 2; ++i) {
         const int key = tile * kTileKeys + row + 8 * i;
         wanted[i] = key < item.num_keys;
-        if constexpr (kMode == Mode::kPairs) {
-          wanted[i] = wanted[i] && (static_cast<uint32_t>(item.keys[key]) >> (30 + group) & 1) != 0;
-        }
       }
       barrier_wait(&shared.full[stage], count / kStages % 2);
       fence_async_proxy();  // the rows were written by cp.async, an ordinary store to the fence
@@ -507,11 +489,8 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
         write_out<kN>(params, item, token, first_head, num_tiles == 0, shared.warp_values[0], 0,
                       state);
     } else {
-      if (token < args.num_tokens) {
-        const bool empty = kMode == Mode::kPairs ? args.counts[token] == 0 : num_tiles == 0;
-        write_out<kN>(params, item, token, first_head, empty, shared.warp_values[group], group,
-                      state);
-      }
+      write_out<kN>(params, item, token, first_head, num_tiles == 0, shared.warp_values[group],
+                    group, state);
     }
     first_tile += num_tiles;
   }
@@ -631,27 +610,6 @@ cudaError_t sparse_mla_sm90(const SparseMlaSm90Args& args, int num_parts, void* 
   if (status != cudaSuccess || num_parts == 1) return status;
   merge_parts<<<args.num_tokens * args.num_heads, kLatentDim / 4, 0, stream>>>(params);
   return cudaGetLastError();
-}
-
-cudaError_t sparse_mla_pairs_sm90(const SparseMlaSm90Args& args, void* workspace,
-                                  int num_multiprocessors, cudaStream_t stream) {
-  if (args.num_tokens == 0) return cudaSuccess;
-  const int num_pairs = (args.num_tokens + 1) / 2;
-  int32_t* slots = static_cast<int32_t*>(workspace);
-  int32_t* counts = slots + int64_t{num_pairs} * 2 * args.k;
-  cudaError_t status = join_selections(args, slots, counts, stream);
-  if (status != cudaSuccess) return status;
-  Params params = {};
-  params.args = args;
-  params.num_head_groups = 1;
-  params.num_parts = 1;
-  params.union_slots = slots;
-  params.union_counts = counts;
-  params.num_items = num_pairs;
-  if (args.num_heads > 32) return cudaErrorInvalidValue;
-  if (args.num_heads > 24) return start<32, Mode::kPairs>(params, num_multiprocessors, stream);
-  if (args.num_heads > 16) return start<24, Mode::kPairs>(params, num_multiprocessors, stream);
-  return start<16, Mode::kPairs>(params, num_multiprocessors, stream);
 }
 
 }  // namespace indexcache::sm90

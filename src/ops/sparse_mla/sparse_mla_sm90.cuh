@@ -42,11 +42,4 @@ int64_t sparse_mla_workspace(int num_tokens, int num_heads, int num_parts);
 cudaError_t sparse_mla_sm90(const SparseMlaSm90Args& args, int num_parts, void* workspace,
                             int num_multiprocessors, cudaStream_t stream);
 
-// The same for up to 32 heads with neighbouring tokens in pairs: a row that both have selected is
-// gathered once. Gathers the union of the two selections, so it pays when that is small. Exact,
-// but NaN or infinity in a row that only one token of a pair selected makes the other's output NaN.
-int64_t sparse_mla_pairs_workspace(int num_tokens, int k);
-cudaError_t sparse_mla_pairs_sm90(const SparseMlaSm90Args& args, void* workspace,
-                                  int num_multiprocessors, cudaStream_t stream);
-
 }  // namespace indexcache::sm90

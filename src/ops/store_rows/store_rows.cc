@@ -18,8 +18,8 @@ Cost store_rows_cost(const StoreRowsArgs& args) {
 
 void store_rows(Exec& exec, const StoreRowsArgs& args) {
   CHECK(args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kBF16 ||
-        args.rows.dtype == DType::kI8);
-  if (args.rows.dtype == DType::kI8) CHECK_EQ(args.rows.page_bytes % 4, 0);
+        rows_have_scales(args.rows.dtype));
+  if (rows_have_scales(args.rows.dtype)) CHECK_EQ(args.rows.page_bytes % 4, 0);
   CHECK_GE(args.ldx, args.rows.row_elements);
   run_op(exec, "store_rows", kTable, args, store_rows_cost(args));
 }

@@ -3,10 +3,10 @@
 //   cache row of position first_position + i  =  x[token_begin + i, :]      for every span of
 //   `seqs`
 //
-// bf16 rounds to nearest, ties to even (NaN stays NaN); int8 rows and their scales are as
-// ops/kit/int8_rows.h says. Pages of distinct sequences are distinct,
-// and so are positions: rows are independent. Exact parity with ref. Cost: one row read and one
-// written for each token.
+// bf16 rounds to nearest, ties to even (NaN stays NaN); int8 and e4m3 rows and their scales are as
+// ops/kit/int8_rows.h and fp8_rows.h say. Pages of distinct sequences are distinct, and so are
+// positions: rows are independent. Exact parity with ref. Cost: one row read and one written for
+// each token.
 #pragma once
 
 #include "ops/kit/exec.h"

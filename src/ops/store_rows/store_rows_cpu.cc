@@ -5,7 +5,7 @@
 namespace indexcache::INDEXCACHE_ISA {
 
 void store_rows_rows(const StoreRowsArgs& args, int64_t begin, int64_t end) {
-  if (args.rows.dtype == DType::kF32) {
+  if (args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kF8E4M3) {
     store_rows_ref_rows(args, begin, end);
     return;
   }

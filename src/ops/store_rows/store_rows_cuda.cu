@@ -49,9 +49,19 @@ __global__ void __launch_bounds__(kThreads) store_int8(Store store) {
   const Place place = place_of(store);
   int8_t* row = reinterpret_cast<int8_t*>(
       paged_row(store.rows, store.rows.row_elements, place.pages, place.position));
-  const float scale = block_int8_scale(place.x, store.rows.row_elements);
+  const float scale = block_row_scale(place.x, store.rows.row_elements, 127);
   for (int64_t i = threadIdx.x; i < store.rows.row_elements; i += kThreads)
     row[i] = quantised(place.x[i], scale);
+  if (threadIdx.x == 0) *paged_scale(store.rows, place.pages, place.position) = scale;
+}
+
+// The same bits as quantise_fp8_row of ops/kit/fp8_rows.h.
+__global__ void __launch_bounds__(kThreads) store_fp8(Store store) {
+  const Place place = place_of(store);
+  uint8_t* row = paged_row(store.rows, store.rows.row_elements, place.pages, place.position);
+  const float scale = block_row_scale(place.x, store.rows.row_elements, 448);
+  for (int64_t i = threadIdx.x; i < store.rows.row_elements; i += kThreads)
+    row[i] = quantised_fp8(place.x[i], scale);
   if (threadIdx.x == 0) *paged_scale(store.rows, place.pages, place.position) = scale;
 }
 
@@ -61,7 +71,8 @@ void store_rows_cuda(Exec& exec, const StoreRowsArgs& args) {
   if (args.num_rows == 0 || args.rows.row_elements == 0) return;
   const auto kernel = args.rows.dtype == DType::kF32    ? store_f32
                       : args.rows.dtype == DType::kBF16 ? store_bf16
-                                                        : store_int8;
+                      : args.rows.dtype == DType::kI8   ? store_int8
+                                                        : store_fp8;
   launch(kernel, blocks_for(args.num_rows, 1), kThreads, 0, exec.cuda(),
          Store{args.x, args.ldx, args.device_seqs, static_cast<int>(args.seqs.size()), args.rows});
 }

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ops/kit/fp8_rows.h"
 #include "ops/kit/int8_rows.h"
 #include "ops/store_rows/store_rows.h"
 
@@ -14,9 +15,11 @@ void store_rows_ref_rows(const StoreRowsArgs& args, int64_t begin, int64_t end) 
     for (int64_t t = from; t < to; ++t) {
       uint8_t* row = args.rows.row(seq.pages, seq.first_position + t - seq.token_begin);
       const float* x = args.x + t * args.ldx;
-      if (args.rows.dtype == DType::kI8) {
+      if (rows_have_scales(args.rows.dtype)) {
         *args.rows.scale(seq.pages, seq.first_position + t - seq.token_begin) =
-            quantise_row(x, args.rows.row_elements, reinterpret_cast<int8_t*>(row));
+            args.rows.dtype == DType::kI8
+                ? quantise_row(x, args.rows.row_elements, reinterpret_cast<int8_t*>(row))
+                : quantise_fp8_row(x, args.rows.row_elements, row);
         continue;
       }
       if (args.rows.dtype == DType::kF32) {

@@ -55,6 +55,28 @@ float int8_row(const float* x, int64_t n, uint8_t* to) {
   return scale;
 }
 
+// The e4m3 number next to x / scale, in the same way; between two the one with an even last bit.
+float fp8_row(const float* x, int64_t n, uint8_t* to) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    largest = std::max(largest, std::abs(x[i]));
+  }
+  const float scale = finite ? largest / 448 : kNan;
+  for (int64_t i = 0; i < n; ++i) {
+    const float wanted = scale > 0 ? std::abs(x[i] / scale) : 0;
+    int best = 0;
+    for (int bits = 0; bits < 0x7F; ++bits) {
+      const float far = std::abs(wanted - f8e4m3_to_f32(static_cast<uint8_t>(bits))),
+                  so_far = std::abs(wanted - f8e4m3_to_f32(static_cast<uint8_t>(best)));
+      if (far < so_far || (far == so_far && bits % 2 == 0)) best = bits;
+    }
+    to[i] = static_cast<uint8_t>(best | (scale > 0 && std::signbit(x[i]) ? 0x80 : 0));
+  }
+  return scale;
+}
+
 // Sequences whose pages are scattered over one poisoned pool.
 struct Problem {
   GuardedRows x;
@@ -110,8 +132,9 @@ struct Problem {
         const int64_t position = seq.first_position + i;
         uint8_t* to = want.data() + seq.pages[position / 64] * rows.page_bytes +
                       position % 64 * rows.row_elements * dtype_bytes(rows.dtype);
-        if (rows.dtype == DType::kI8) {
-          const float scale = int8_row(x.row(seq.token_begin + i), rows.row_elements, to);
+        if (rows_have_scales(rows.dtype)) {
+          const auto quantise = rows.dtype == DType::kI8 ? int8_row : fp8_row;
+          const float scale = quantise(x.row(seq.token_begin + i), rows.row_elements, to);
           const int64_t page = seq.pages[position / 64];
           std::memcpy(
               want.data() + page * rows.page_bytes + 64 * rows.row_elements + position % 64 * 4,
@@ -138,7 +161,7 @@ TEST(StoreRows, EveryImplementationWritesExactlyItsRows) {
   std::vector<std::string> impls = runnable_implementations();
   impls.push_back("ref");
   for (const std::string& impl : impls) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8, DType::kF8E4M3}) {
       for (size_t b = 0; b < kBatches.size(); ++b) {
         for (const int64_t n : {1, 2, 7, 8, 16, 130}) {
           SCOPED_TRACE(fmt::format("{} {} batch {} n {}", impl, dtype_name(dtype), b, n));
@@ -213,6 +236,40 @@ TEST(StoreRows, Int8RowsOfEveryKind) {
     EXPECT_EQ(row(9)[0], -64) << impl;
     EXPECT_EQ(row(9)[1], -64) << impl;
     EXPECT_EQ(row(9)[77], -127) << impl;
+  }
+}
+
+TEST(StoreRows, Fp8RowsOfEveryKind) {
+  const int64_t n = 130;
+  Rng rng(printed_seed());
+  std::vector<std::string> impls = runnable_implementations();
+  impls.push_back("ref");
+  for (const std::string& impl : impls) {
+    Problem problem(rng, DType::kF8E4M3, {{60, 12}}, n, 1);
+    const float specials[] = {kNan, -kNan, kInfinity, -kInfinity};
+    for (int64_t r = 0; r < 4; ++r) problem.x.row(r)[r * 43] = specials[r];
+    std::fill_n(problem.x.row(4), n, 0.0f);
+    std::fill_n(problem.x.row(5), n, -0.0f);
+    std::fill_n(problem.x.row(6), n, 1e-45f);   // the scale is 0
+    std::fill_n(problem.x.row(7), n, -7e-43f);  // the scale is rounded: kept to -448
+    std::fill_n(problem.x.row(8), n, 3.4e38f);
+    // The scale is 1: ties between neighbours, subnormal and normal, and what they round to.
+    for (int64_t e = 0; e < n; ++e) {
+      const float low = f8e4m3_to_f32(static_cast<uint8_t>(e % 0x7E)),
+                  high = f8e4m3_to_f32(static_cast<uint8_t>(e % 0x7E + 1));
+      problem.x.row(9)[e] = (e % 2 == 0 ? 0.5f : -0.5f) * (low + high);
+      problem.x.row(10)[e] = std::nextafter(problem.x.row(9)[e], e % 3 == 0 ? 1e3f : 0.0f);
+    }
+    problem.x.row(9)[129] = problem.x.row(10)[129] = -448;
+    EXPECT_TRUE(problem.run(impl) == problem.expected()) << impl;
+    const PagedRows& rows = problem.args.rows;
+    const SeqSpan& seq = problem.seqs[0];
+    const auto scale = [&](int64_t r) { return *rows.scale(seq.pages, 60 + r); };
+    for (int64_t r = 0; r < 4; ++r) EXPECT_TRUE(std::isnan(scale(r))) << impl;
+    for (int64_t r = 4; r < 7; ++r) EXPECT_EQ(scale(r), 0) << impl;
+    for (int64_t r = 0; r < 7; ++r) EXPECT_EQ(rows.row(seq.pages, 60 + r)[5], 0) << impl;
+    EXPECT_EQ(rows.row(seq.pages, 67)[5], 0xFE) << impl;
+    EXPECT_EQ(scale(9), 1) << impl;
   }
 }
 

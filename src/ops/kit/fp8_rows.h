@@ -1,0 +1,32 @@
+// Rows of e4m3 with one f32 scale a row: what indexer keys and queries become when keys are cached
+// as fp8, as the published engines keep them.
+//
+//   scale = max |x| / 448, y[i] = x[i] / scale to the nearest e4m3, ties to even, kept to +-448
+//
+// in f32. A row of zeros, or one so small that its scale is 0, is scale 0 and zeros. A row with NaN
+// or infinity is scale NaN and zeros: whatever is made from it is NaN.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "tensor/dtype.h"
+
+namespace indexcache {
+
+// Returns the scale.
+inline float quantise_fp8_row(const float* x, int64_t n, uint8_t* y) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  const float scale = finite ? largest / 448 : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = 0; i < n; ++i) y[i] = scale > 0 ? f32_to_f8e4m3(x[i] / scale) : 0;
+  return scale;
+}
+
+}  // namespace indexcache
