@@ -56,8 +56,11 @@ uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* bas
   c.take(&a->slots, slots);
   c.take(&a->slot_tokens, slots);
   c.take(&a->expert_rows, slots * config.hidden_size);
-  a->logit_rows = device == Device::kCuda ? std::min(T, kLogitRows) : 0;
-  c.take(&a->logits, a->logit_rows * config.vocab_size);
+  const bool on_gpu = device == Device::kCuda;
+  a->logit_rows = on_gpu ? std::min(T, kLogitRows) : 0;
+  c.take(&a->logits, on_gpu ? a->logit_rows * config.vocab_size : 0);
+  c.take(&a->targets, on_gpu ? T : 0);
+  c.take(&a->nll, on_gpu ? T : 0);
   return c.used;
 }
 
