@@ -194,6 +194,49 @@ std::string estimate_text(const JsonObject& row, const char* key, double scale,
                      scale * estimate.number("standard_error"));
 }
 
+// "searched 1/4" belongs to the family "searched"; a name that is only a fraction or a count is a
+// plan by rule.
+std::string family_of(const std::string& name) {
+  const size_t end = name.find_last_not_of("0123456789/");
+  if (end == std::string::npos) return "uniform";
+  return name[end] == ' ' && end > 0 ? name.substr(0, end) : name;
+}
+
+// Loss against retained indexers, a line for each family of plans, all of them from the all-full
+// model.
+class FamilyChart {
+ public:
+  void add(const std::string& name, const std::string& plan, double increase) {
+    const double full = count_full(plan);
+    if (plan.find('S') == std::string::npos) {
+      start_ = {full, increase};
+      return;
+    }
+    const std::string family = family_of(name);
+    auto at = std::find_if(series_.begin(), series_.end(),
+                           [&](const Series& series) { return series.name == family; });
+    if (at == series_.end()) at = series_.insert(at, Series{family, {}, {}});
+    at->points.push_back({full, increase});
+  }
+
+  // Empty where no plan shares a layer.
+  std::string draw() && {
+    for (Series& series : series_) {
+      if (start_) series.points.push_back(*start_);
+      std::sort(series.points.rbegin(), series.points.rend());
+      for (const auto& [full, increase] : series.points)
+        series.notes.push_back(
+            fmt::format("{}, {} full: {:+.5f} nats/token", series.name, full, increase));
+    }
+    return line_chart({"full layers (indexers that are left)", "loss above all full, nats/token",
+                       std::move(series_), true});
+  }
+
+ private:
+  std::optional<std::pair<double, double>> start_;
+  std::vector<Series> series_;
+};
+
 std::string eval_section(const ReportPart& part) {
   const JsonObject json(part.json, part.where);
   const Json& variants = json.get("variants");
@@ -208,10 +251,14 @@ std::string eval_section(const ReportPart& part) {
   std::vector<std::vector<std::string>> tasks = {{"tasks, % right"}};
   std::vector<std::pair<std::string, std::string>> plans;
   std::vector<Series> curves;
+  FamilyChart families;
   for (const Json& item : variants) {
     const JsonObject row(item, part.where + ": \"variants\"");
     const std::string name = row.string("name");
     plans.push_back({name, row.string("plan")});
+    if (row.number("perplexity") > 1) {
+      families.add(name, row.string("plan"), row.object("nll_increase").number("mean"));
+    }
     text.push_back({name, std::to_string(row.integer("num_full", 1, kMaxPlanLayers)),
                     estimate_text(row, "nll", 1, "{:.5f} ± {:.5f}"),
                     fmt::format("{:.4f}", row.number("perplexity")),
@@ -241,7 +288,8 @@ std::string eval_section(const ReportPart& part) {
       curve.points.push_back({static_cast<double>(context), 100 * score.first / score.second});
     curves.push_back(std::move(curve));
   }
-  std::string out = "<h2>What the plans cost</h2>\n" + plan_strip(plans) + table(text) +
+  std::string out = "<h2>What the plans cost</h2>\n" + plan_strip(plans) +
+                    std::move(families).draw() + table(text) +
                     "<p class=\"soft\">± standard error over sequences. All plans saw the same "
                     "tokens.</p>\n";
   if (tasks[0].size() > 1) {

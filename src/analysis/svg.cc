@@ -12,7 +12,9 @@ namespace indexcache {
 namespace {
 
 constexpr double kWidth = 560, kHeight = 320;
-constexpr double kLeft = 64, kRight = 12, kTop = 12, kBottom = 46;
+constexpr double kLeft = 64, kRight = 16, kTop = 32, kBottom = 52;
+// Labels of 13 to 19 px need this much room along the x axis.
+constexpr double kLabelWidth = 66;
 
 // Round steps of 1, 2 or 5 times a power of ten, about `count` of them.
 std::vector<double> ticks(double low, double high, int count) {
@@ -25,6 +27,21 @@ std::vector<double> ticks(double low, double high, int count) {
   std::vector<double> out;
   for (double value = std::ceil(low / step) * step; value <= high + step * 1e-9; value += step)
     out.push_back(std::abs(value) < step * 1e-9 ? 0 : value);
+  return out;
+}
+
+// Where measurements were made: a fraction of a layer would mean nothing. Of labels that would
+// touch the one to the left gives way.
+std::vector<double> x_ticks(const LineChart& chart, double low, double high) {
+  std::vector<double> measured;
+  for (const Series& series : chart.series)
+    for (const auto& [x, y] : series.points)
+      if (std::isfinite(x)) measured.push_back(x);
+  std::sort(measured.begin(), measured.end());
+  const double apart = kLabelWidth / (kWidth - kLeft - kRight) * (high - low);
+  std::vector<double> out;
+  for (size_t i = measured.size(); i-- > 0;)
+    if (out.empty() || out.back() - measured[i] >= apart) out.push_back(measured[i]);
   return out;
 }
 
@@ -105,16 +122,14 @@ std::string line_chart(const LineChart& chart) {
         "y=\"{:.1f}\" text-anchor=\"end\">{:.6g}</text>\n",
         kLeft, kWidth - kRight, place_y(y), place_y(y), kLeft - 6, place_y(y) + 4, y);
   }
-  for (const double x : ticks(xs.low, xs.high, 8)) {
+  for (const double x : x_ticks(chart, xs.low, xs.high)) {
     out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:.6g}</text>\n",
-                       place_x(x), kHeight - kBottom + 18, x);
+                       place_x(x), kHeight - kBottom + 20, x);
   }
   out += fmt::format("<text class=\"label\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n",
                      (kLeft + kWidth - kRight) / 2, kHeight - 8, html_escape(chart.x_label));
-  out += fmt::format(
-      "<text class=\"label\" transform=\"translate(14 {}) rotate(-90)\" "
-      "text-anchor=\"middle\">{}</text>\n",
-      (kTop + kHeight - kBottom) / 2, html_escape(chart.y_label));
+  out +=
+      fmt::format("<text class=\"label\" x=\"4\" y=\"16\">{}</text>\n", html_escape(chart.y_label));
 
   std::string legend;
   for (size_t s = 0; s < chart.series.size(); ++s) {
@@ -147,7 +162,7 @@ std::string heat_map(const HeatMap& map) {
   const double span = std::max(1 - low, 1e-9);
   std::string out = fmt::format("<svg class=\"chart heat\" viewBox=\"0 0 {} {}\" role=\"img\">\n",
                                 kWidth, kWidth);
-  const size_t every = std::max<size_t>(1, (n + 23) / 24);
+  const size_t every = (n + 11) / 12;
   for (size_t i = 0; i < n; ++i) {
     const double middle = kMargin + (static_cast<double>(i) + 0.5) * cell;
     if (i % every == 0) {

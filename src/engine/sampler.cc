@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "ops/token_nll/token_nll.h"
 
 namespace indexcache {
 
@@ -89,17 +90,6 @@ int32_t Sampler::next(std::span<const float> logits) {
   }
   return candidates_[keep - 1].second;  // rounding of the running difference
 }
-
-namespace {
-
-double log_sum_exp(std::span<const float> logits) {
-  const float top = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - top);
-  return std::log(sum) + top;
-}
-
-}  // namespace
 
 double negative_log_likelihood(std::span<const float> logits, int32_t target) {
   return log_sum_exp(logits) - static_cast<double>(logits[static_cast<size_t>(target)]);

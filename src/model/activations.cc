@@ -62,6 +62,8 @@ uint64_t carve(const ModelConfig& config, int64_t T, Device device, uint8_t* bas
   c.take(&a->expert_rows, slots * config.hidden_size);
   a->logit_rows = gpu ? std::min(T, kLogitRows) : 0;
   c.take(&a->logits, a->logit_rows * config.vocab_size);
+  c.take(&a->targets, gpu ? T : 0);
+  c.take(&a->nll, gpu ? T : 0);
   return c.used;
 }
 

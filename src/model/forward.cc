@@ -15,6 +15,7 @@
 #include "ops/silu_mul/silu_mul.h"
 #include "ops/sparse_mla/sparse_mla.h"
 #include "ops/store_rows/store_rows.h"
+#include "ops/token_nll/token_nll.h"
 
 namespace indexcache {
 
@@ -369,6 +370,14 @@ void show_selection(Exec& exec, Activations& a, const ForwardTap& tap, int layer
   exec.cuda().copy_in(a.counts, a.host_counts.data(), 4 * rows);
 }
 
+bool wants_hidden(const ForwardTap* tap, int index) {
+  return tap != nullptr && tap->hidden && (!tap->wants_hidden || tap->wants_hidden(index));
+}
+
+bool wants_selection(const ForwardTap* tap, int layer) {
+  return tap != nullptr && tap->selection && (!tap->wants_selection || tap->wants_selection(layer));
+}
+
 // Gives the ops the batch: on a GPU as one copy.
 void place_inputs(Exec& exec, Activations& a) {
   if (exec.device == Device::kCpu) {
@@ -494,14 +503,14 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, 
   for (int layer = first_layer; layer < last_layer; ++layer) {
     const LayerWeights& w = model.weights.layers[static_cast<size_t>(layer)];
     double* seconds = &t.layer_seconds[static_cast<size_t>(layer)];
-    if (tap != nullptr && tap->hidden) tap->hidden(layer, host_rows(exec, a, a.x, T * hidden));
+    if (wants_hidden(tap, layer)) tap->hidden(layer, host_rows(exec, a, a.x, T * hidden));
 
     pass.norm(a.x, hidden, w.input_layernorm, config.rms_norm_eps, pass.normed());
     pass.project_queries_and_latent(w, layer);
     watch.lap(&t.attention, seconds);
     if (model.plan.is_full(layer)) {
       pass.select(w, layer);
-      if (tap != nullptr && tap->selection)
+      if (wants_selection(tap, layer))
         show_selection(exec, a, *tap, layer, T, config.indexer.index_topk);
       watch.lap(&t.indexer, seconds);
     }
@@ -517,12 +526,16 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& a, 
   watch.finish();
 }
 
-void run_head(Exec& exec, const Model& model, Activations& a, std::span<const BatchSequence> batch,
-              float* logits, const ForwardTap* tap, ForwardTimes* times) {
+namespace {
+
+// The rows that want logits, after the final norm: of one sequence they are consecutive, those of
+// several move to the front, in pieces that do not overlap. `x` stays: the caller looks at it for
+// NaN.
+const float* wanted_rows(Exec& exec, const Model& model, Activations& a,
+                         std::span<const BatchSequence> batch, const ForwardTap* tap,
+                         int64_t* num_rows) {
   const ModelConfig& config = model.config;
-  const int64_t hidden = config.hidden_size, vocab = config.vocab_size,
-                T = static_cast<int64_t>(a.token_ids.size());
-  Stopwatch watch(exec, times != nullptr);
+  const int64_t hidden = config.hidden_size, T = static_cast<int64_t>(a.token_ids.size());
   rms_norm(exec, {.x = a.x,
                   .ldx = hidden,
                   .weight = model.weights.norm.data,
@@ -531,35 +544,76 @@ void run_head(Exec& exec, const Model& model, Activations& a, std::span<const Ba
                   .row_elements = hidden,
                   .y = a.normed,
                   .ldy = hidden});
-  if (tap != nullptr && tap->hidden) {
-    tap->hidden(static_cast<int>(config.num_hidden_layers),
-                host_rows(exec, a, a.normed, T * hidden));
-  }
-  // The rows that want logits: of one sequence they are consecutive, those of several are gathered
-  // in `x`, which is no longer needed.
+  const int last = static_cast<int>(config.num_hidden_layers);
+  if (wants_hidden(tap, last)) tap->hidden(last, host_rows(exec, a, a.normed, T * hidden));
   int64_t rows = 0, end = 0;
   for (const BatchSequence& sequence : batch) {
     end += static_cast<int64_t>(sequence.tokens.size());
-    if (batch.size() > 1 && sequence.num_logits > 0) {
-      exec.copy(a.x + rows * hidden, a.normed + (end - sequence.num_logits) * hidden,
-                static_cast<size_t>(sequence.num_logits * hidden) * sizeof(float));
+    const int64_t count = sequence.num_logits, from = end - count, shift = from - rows;
+    for (int64_t i = 0; batch.size() > 1 && shift > 0 && i < count; i += shift) {
+      exec.copy(a.normed + (rows + i) * hidden, a.normed + (from + i) * hidden,
+                static_cast<size_t>(std::min(shift, count - i) * hidden) * sizeof(float));
     }
-    rows += sequence.num_logits;
+    rows += count;
   }
-  const float* wanted = batch.size() > 1 ? a.x : a.normed + (T - rows) * hidden;
+  *num_rows = rows;
+  return batch.size() > 1 ? a.normed : a.normed + (T - rows) * hidden;
+}
+
+void logits_of(Exec& exec, const Model& model, const float* rows, int64_t num_rows, float* logits) {
+  const MatmulGroup group{rows,   model.config.hidden_size, num_rows, model.weights.lm_head,
+                          logits, model.config.vocab_size};
+  matmul(exec, {{&group, 1}, model.compute, false});
+}
+
+}  // namespace
+
+void run_head(Exec& exec, const Model& model, Activations& a, std::span<const BatchSequence> batch,
+              float* logits, const ForwardTap* tap, ForwardTimes* times) {
+  const int64_t hidden = model.config.hidden_size, vocab = model.config.vocab_size;
+  Stopwatch watch(exec, times != nullptr);
+  int64_t rows = 0;
+  const float* wanted = wanted_rows(exec, model, a, batch, tap, &rows);
   const bool on_gpu = exec.device == Device::kCuda;
   const int64_t at_once = on_gpu ? a.logit_rows : std::max<int64_t>(rows, 1);
   for (int64_t first = 0; first < rows; first += at_once) {
     const int64_t count = std::min(at_once, rows - first);
     float* to = logits + first * vocab;
-    const MatmulGroup group{wanted + first * hidden, hidden, count, model.weights.lm_head,
-                            on_gpu ? a.logits : to,  vocab};
-    matmul(exec, {{&group, 1}, model.compute, false});
+    logits_of(exec, model, wanted + first * hidden, count, on_gpu ? a.logits : to);
     if (on_gpu)
       exec.cuda().copy_out(to, a.logits, static_cast<size_t>(count * vocab) * sizeof(float));
   }
   if (times != nullptr) watch.lap(&times->head);
   watch.finish();
+}
+
+void run_head_nll(Exec& exec, const Model& model, Activations& a,
+                  std::span<const BatchSequence> batch, std::span<const int32_t> targets,
+                  std::span<double> nll) {
+  const int64_t hidden = model.config.hidden_size, vocab = model.config.vocab_size;
+  int64_t rows = 0;
+  const float* wanted = wanted_rows(exec, model, a, batch, nullptr, &rows);
+  CHECK_LE(targets.size(), static_cast<size_t>(rows));
+  CHECK_EQ(nll.size(), targets.size());
+  rows = static_cast<int64_t>(targets.size());
+  const bool on_gpu = exec.device == Device::kCuda;
+  if (on_gpu) {
+    exec.cuda().copy_in(a.targets, targets.data(), targets.size_bytes());
+  } else {
+    a.host_logits.resize(static_cast<size_t>(rows * vocab));
+  }
+  float* logits = on_gpu ? a.logits : a.host_logits.data();
+  const int64_t at_once = on_gpu ? a.logit_rows : std::max<int64_t>(rows, 1);
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t count = std::min(at_once, rows - first);
+    logits_of(exec, model, wanted + first * hidden, count, logits);
+    token_nll(exec, {.logits = logits,
+                     .num_rows = count,
+                     .vocab_size = vocab,
+                     .targets = (on_gpu ? a.targets : targets.data()) + first,
+                     .nll = (on_gpu ? a.nll : nll.data()) + first});
+  }
+  if (on_gpu) exec.cuda().copy_out(nll.data(), a.nll, nll.size_bytes());
 }
 
 PassState new_state(Exec& exec, const Model& model, Activations& a) {

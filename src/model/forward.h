@@ -49,6 +49,9 @@ struct ForwardTap {
   std::function<void(int index, std::span<const float> hidden)>
       hidden;  // [T, H]; 0 embedding ... last after the norm
   std::function<void(int layer, Selection selection)> selection;  // of each full layer
+  // Which of them; null: every one. From a GPU each look is a copy that the host waits for.
+  std::function<bool(int index)> wants_hidden;
+  std::function<bool(int layer)> wants_selection;
 };
 
 // Seconds by part. indexer: projections, norm, rope, key write, scoring and selection of full
@@ -92,6 +95,8 @@ struct Activations {
   int32_t* slot_tokens;   // [T * num_experts_per_tok] the inverse: which token
   float* expert_rows;     // [T * num_experts_per_tok, hidden_size] in, then out; bf16 as q
   float* logits;          // on a GPU: [logit_rows, vocab_size], to be copied out
+  int32_t* targets;       // on a GPU: [T]
+  double* nll;            // on a GPU: [T]
   int64_t logit_rows;
 
   // The batch, on the host.
@@ -107,7 +112,7 @@ struct Activations {
   std::vector<uint8_t> packed_inputs;
 
   // What of the GPU's a caller looks at.
-  std::vector<float> host_x;
+  std::vector<float> host_x, host_logits;
   std::vector<int32_t> host_positions, host_counts;
 };
 
@@ -130,6 +135,7 @@ void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activa
 // replace both. A layer needs nothing else from the layers before
 // it, so a pass may begin at any layer with what an earlier pass of the same tokens had there.
 // forward() adds the batch's tokens to the caches at the end; a caller of the parts does so itself.
+// run_head leaves the residual stream as it is: read_residual() gives that of the last layer.
 void begin_forward(Exec& exec, const Model& model, Activations& activations,
                    std::span<const BatchSequence> batch);
 void run_embedding(Exec& exec, const Model& model, Activations& activations,
@@ -140,6 +146,11 @@ void run_layers(Exec& exec, const Model& model, KvCache& cache, Activations& act
 void run_head(Exec& exec, const Model& model, Activations& activations,
               std::span<const BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
               ForwardTimes* times = nullptr);
+// In place of the logits what the first targets.size() rows of them say of these tokens, in nats:
+// logits of a long chunk are more than all the rest, and never leave the device.
+void run_head_nll(Exec& exec, const Model& model, Activations& activations,
+                  std::span<const BatchSequence> batch, std::span<const int32_t> targets,
+                  std::span<double> nll);
 
 // The state of a pass where the host may read and write it: on the CPU the activations themselves,
 // on a GPU a copy.

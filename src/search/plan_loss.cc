@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "engine/sampler.h"
-
 namespace indexcache {
 
 namespace {
@@ -146,18 +144,13 @@ void PlanLoss::restore_chunk(const State& state, int64_t first, int64_t count) {
   put_state(engine_.exec, engine_.model, engine_.activations);
 }
 
-// The sum over a chunk's rows, in their order: the same for any number of threads.
-double PlanLoss::chunk_nll(std::span<const int32_t> tokens, int64_t first, int64_t count) {
-  const int64_t vocab = engine_.model.config.vocab_size;
-  const int64_t targets = std::min(count, static_cast<int64_t>(tokens.size()) - first - 1);
-  row_nll_.resize(static_cast<size_t>(count));
-  engine_.exec.pool.parallel_for(targets, [&](int64_t i, int) {
-    row_nll_[static_cast<size_t>(i)] = negative_log_likelihood(
-        std::span(logits_).subspan(static_cast<size_t>(i * vocab), static_cast<size_t>(vocab)),
-        tokens[static_cast<size_t>(first + i + 1)]);
-  });
+// The sum over the chunk's rows that have a next token, in their order: the same for any number of
+// threads.
+double PlanLoss::chunk_nll(const BatchSequence& batch, std::span<const int32_t> targets) {
+  row_nll_.resize(targets.size());
+  run_head_nll(engine_.exec, engine_.model, engine_.activations, {&batch, 1}, targets, row_nll_);
   double sum = 0;
-  for (int64_t i = 0; i < targets; ++i) sum += row_nll_[static_cast<size_t>(i)];
+  for (const double nll : row_nll_) sum += nll;
   return sum;
 }
 
@@ -183,6 +176,8 @@ double PlanLoss::run(size_t sequence, const IndexPlan& plan, int last_layer,
   };
   ForwardTap tap;
   tap.hidden = write_hidden;
+  tap.wants_hidden = [&](int layer) { return recording.states.contains(layer); };
+  tap.wants_selection = [&](int layer) { return recording.selections.contains(layer); };
   tap.selection = [&](int layer, Selection selection) {
     const auto found = recording.selections.find(layer);
     if (found != recording.selections.end()) store_selection(*found->second, first, selection);
@@ -205,9 +200,9 @@ double PlanLoss::run(size_t sequence, const IndexPlan& plan, int last_layer,
     run_layers(engine_.exec, engine_.model, engine_.cache, engine_.activations, first_layer,
                last_layer, &tap);
     if (with_loss) {
-      logits_.resize(static_cast<size_t>(count * engine_.model.config.vocab_size));
-      run_head(engine_.exec, engine_.model, engine_.activations, {&batch, 1}, logits_.data());
-      sum += chunk_nll(tokens, first, count);
+      sum += chunk_nll(batch, std::span(tokens).subspan(
+                                  static_cast<size_t>(first + 1),
+                                  static_cast<size_t>(std::min(count, total - first - 1))));
     } else {
       write_hidden(last_layer, read_residual(engine_.exec, engine_.model, engine_.activations));
     }

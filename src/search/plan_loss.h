@@ -75,7 +75,7 @@ class PlanLoss {
                            const State* start, std::span<const int> keep, bool must_keep);
   void restore_chunk(const State& state, int64_t first, int64_t count);
   void store_selection(StoredBytes& to, int64_t first, Selection selection);
-  double chunk_nll(std::span<const int32_t> tokens, int64_t first, int64_t count);
+  double chunk_nll(const BatchSequence& batch, std::span<const int32_t> targets);
   int64_t position_bytes() const { return data_.sequence_tokens() > 65536 ? 4 : 2; }
   uint64_t selection_bytes() const;
 
@@ -84,7 +84,6 @@ class PlanLoss {
   Engine engine_;
   SequenceCache cache_;
   std::vector<States> states_;  // one a sequence
-  std::vector<float> logits_;
   std::vector<double> row_nll_;
   std::vector<uint8_t> packed_;
   int64_t layer_forwards_ = 0;
