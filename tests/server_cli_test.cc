@@ -1,5 +1,6 @@
 // The life of the real server: configuration, signals, requests that outlive it.
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <fstream>
 
@@ -24,6 +25,41 @@ TEST(Serve, CommandLineThenEnvironmentThenFile) {
   EXPECT_NE(models.find("\"id\":\"environment\""), std::string::npos) << models;
   server.signal(SIGTERM);
   EXPECT_EQ(server.exit_code(), 0);
+}
+
+TEST(Serve, TheFileItselfFromTheEnvironment) {
+  const std::string file = model_folder() + "-from-environment.json";
+  std::ofstream(file) << R"({"port": 0, "threads": 1, "served-model-name": "file"})";
+  Server server({"-m", model_folder()},
+                {{"INDEXCACHE_CONFIG", file}, {"INDEXCACHE_NO_ACCESS_LOG", "true"}});
+  ASSERT_TRUE(server.ready()) << server.log();
+  EXPECT_NE(server.ask(get("/v1/models")).find("\"id\":\"file\""), std::string::npos);
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0);
+  EXPECT_EQ(server.log().find("/v1/models"), std::string::npos) << server.log();
+}
+
+// A container's first process gets only the signals that it asked for.
+TEST(Serve, DrainsAsTheFirstProcessOfAContainer) {
+  constexpr int kNoNamespaces = 77;
+  Server server({"-m", model_folder(), "-t", "1", "--port", "0"}, {}, [] {
+    if (unshare(CLONE_NEWPID) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWPID) != 0)
+      _exit(kNoNamespaces);
+    static pid_t first;
+    first = fork();
+    if (first == 0) return;
+    ::signal(SIGTERM, [](int number) { ::kill(first, number); });
+    int status = 0;
+    while (waitpid(first, &status, 0) < 0 && errno == EINTR) continue;
+    _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 99);
+  });
+  if (!server.ready()) {
+    ASSERT_EQ(server.exit_code(), kNoNamespaces) << server.log();
+    GTEST_SKIP() << "no PID namespaces here";
+  }
+  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0) << server.log();
 }
 
 TEST(Serve, WrongConfiguration) {

@@ -77,6 +77,10 @@ TEST(ServeFaults, TooManyAreRefusedAndTheRestAreAnsweredAsIfAlone) {
   Server server(with({"--deterministic", "--max-running", "2", "--max-waiting", "2"}));
   ASSERT_TRUE(server.ready()) << server.log();
   const std::string before = good(server);
+  // More answers than there is room for are never begun.
+  const std::string crowd =
+      server.ask(post("/v1/completions", R"({"prompt": [5, 6], "n": 128, "max_tokens": 4000})"));
+  EXPECT_EQ(status_of(crowd), 400) << crowd;
   const std::string request = request_of(tokens_of(2, 60), 200);
   const std::string alone = choices(server.ask(request));
   constexpr int kSent = 24;
@@ -207,6 +211,46 @@ TEST(ServeFaults, OutOfDescriptors) {
     clients[0]->send(kGood);
     EXPECT_EQ(choices(clients[0]->receive(30)), before);
   }
+  expect_recovered(server, before);
+}
+
+// Deadlines and durations come from a clock that nobody sets.
+TEST(ServeFaults, TheClockJumps) {
+  std::string library;
+  for (const char* path : {"/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1",
+                           "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"})
+    if (std::filesystem::exists(path)) library = path;
+  if (library.empty() || !kLimitAddressSpace) GTEST_SKIP() << "needs libfaketime, no sanitizers";
+  const std::string offset = model_folder() + "-clock";
+  const auto jump = [&](const std::string& to) {
+    std::ofstream(offset + ".new") << to << "\n";
+    std::filesystem::rename(offset + ".new", offset);
+  };
+  jump("+0");
+  Server server(with({"--deterministic"}), {{"LD_PRELOAD", library},
+                                            {"FAKETIME_TIMESTAMP_FILE", offset},
+                                            {"FAKETIME_NO_CACHE", "1"},
+                                            {"FAKETIME_DONT_FAKE_MONOTONIC", "1"}});
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  for (const char* to : {"+10d", "-10d", "+3000d"}) {
+    RawClient idle(server.port()), slow(server.port()), streaming(server.port());
+    streaming.send(request_of(tokens_of(5, 40), 300, true));
+    slow.send(kGood.substr(0, 100));
+    jump(to);
+    EXPECT_EQ(good(server), before) << to;
+    const std::string stream = streaming.receive(30);
+    EXPECT_EQ(status_of(stream), 200);
+    EXPECT_NE(stream.find("[DONE]"), std::string::npos) << to << stream;
+    slow.send(kGood.substr(100));
+    EXPECT_EQ(choices(slow.receive(30)), before) << to;
+    idle.send(kGood);
+    EXPECT_EQ(choices(idle.receive(30)), before) << to;
+  }
+  const std::string metrics = server.ask(get("/metrics"));
+  for (size_t at = 0; (at = metrics.find("} -", at)) != std::string::npos; ++at)
+    ADD_FAILURE() << metrics.substr(metrics.rfind('\n', at), 200);
+  EXPECT_LT(metric(server, "vllm:e2e_request_latency_seconds_sum"), 3600);
   expect_recovered(server, before);
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <filesystem>
 #include <memory>
@@ -60,6 +61,8 @@ void leave_on_next_signal() {
 }
 
 int serve(CLI::App* command, ServeFlags& flags) {
+  if (const char* file = std::getenv("INDEXCACHE_CONFIG"); file && flags.config.empty())
+    flags.config = file;
   fill_from_environment_and_file(command, flags.config);
   if (flags.common.model.empty()) {
     fmt::print(stderr,
@@ -139,7 +142,8 @@ int serve(CLI::App* command, ServeFlags& flags) {
   // Answers that are complete still have to reach their clients.
   server.stop(done ? 5 : 1);
   say("stopped", done ? "all requests were answered" : "some requests were cut off");
-  return 0;
+  // Who supervises this must hear of a fault, however it was stopped.
+  return scheduler.stats().fault.empty() ? 0 : 1;
 }
 
 }  // namespace

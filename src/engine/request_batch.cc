@@ -106,6 +106,7 @@ void RequestBatch::admit() {
     if (!request.admitted_before) {
       request.admitted_before = true;
       request.cached_prompt_tokens = found;
+      request.queue_seconds = monotonic_seconds() - request.submitted;
       totals_.prefix_hit_tokens += found;
       if (prefix_.enabled()) totals_.prefix_queried_tokens += num_tokens;
     }
@@ -210,7 +211,7 @@ void RequestBatch::look_at_results() {
   });
   // The residual stream of every token of the step is still there. What is not finite in it may be
   // in the pages too, which must not reach others.
-  const float* x = engine_.activations.x;
+  const float* x = read_residual(engine_.exec, engine_.model, engine_.activations).data();
   std::span<Row> rows = rows_;
   for (size_t i = 0; i < batch_.size(); ++i) {
     const size_t num_values = batch_[i].tokens.size() * hidden,
@@ -269,6 +270,7 @@ void RequestBatch::take_result(const std::shared_ptr<RequestState>& request, std
     event.kind = GenerationEvent::Kind::kPromptDone;
     event.prompt_logprobs = std::exchange(request->prompt_logprobs, {});
     event.cached_prompt_tokens = request->cached_prompt_tokens;
+    event.queue_seconds = request->queue_seconds;
     emit(request, std::move(event));
   }
   if (request->request.max_tokens == 0) return finish(request, FinishReason::kLength);

@@ -41,6 +41,7 @@ struct RequestState {
 
   const Scheduler::RequestId id;
   const GenerationRequest request;
+  const double submitted = monotonic_seconds();
 
   // The engine's thread only.
   Sampler sampler;
@@ -51,6 +52,7 @@ struct RequestState {
   bool admitted_before = false;  // preempted requests do not count twice
   bool prompt_done = false;
   int64_t cached_prompt_tokens = 0;
+  double queue_seconds = 0;
   std::vector<TokenLogprob> prompt_logprobs;  // so far
 
   // No more is computed for this request. Set once, under the scheduler's lock, by who ends it.

@@ -54,6 +54,7 @@ struct GenerationEvent {
   std::optional<TokenLogprob> logprob;          // kToken, if asked for
   std::vector<TokenLogprob> prompt_logprobs;    // kPromptDone, if asked for: prompt.size() - 1
   int64_t cached_prompt_tokens = 0;             // kPromptDone: found in the prefix cache
+  double queue_seconds = 0;                     // kPromptDone: until it was first admitted
   FinishReason reason = FinishReason::kLength;  // kFinished
   std::string message;                          // kFinished by a fault: why
 };

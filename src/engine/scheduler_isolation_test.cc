@@ -114,6 +114,7 @@ TEST(Poison, StaysInItsRequest) {
       std::vector<GenerationRequest> healthy;
       for (uint64_t i = 0; i < 4; ++i) {
         healthy.push_back(request_of(clean_tokens(200 + i, 100), 30));
+        healthy.back().stop_tokens = {kPoison};  // which the model may say by itself
         healthy.back().num_logprobs = 1;
       }
       std::vector<Answer> expected;

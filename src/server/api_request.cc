@@ -308,6 +308,15 @@ Json joined_content(const Json& content) {
   return text;
 }
 
+// Templates may write it where a message begins: a line break there could begin another one.
+bool is_name(const Json& name) {
+  if (!name.is_string()) return false;
+  const std::string& text = name.get_ref<const std::string&>();
+  return !text.empty() && text.size() <= 64 && std::ranges::all_of(text, [](char c) {
+    return static_cast<uint8_t>(c) >= 0x20 && c != 0x7F;
+  });
+}
+
 Json checked_messages(const Json* messages, const ServerLimits& limits) {
   if (messages == nullptr) refuse("messages", "\"messages\" is missing");
   if (!messages->is_array() || messages->empty())
@@ -327,6 +336,11 @@ Json checked_messages(const Json* messages, const ServerLimits& limits) {
       refuse(where + ".role",
              "\"{}.role\" is {}, expected system, developer, user, assistant or tool", where,
              json_excerpt(role));
+    }
+    if (const Json name = message.value("name", Json()); !name.is_null() && !is_name(name)) {
+      refuse(where + ".name",
+             "\"{}.name\" is {}, expected a string of 1 to 64 bytes without control characters",
+             where, json_excerpt(name));
     }
     Json copy = message;
     const bool calls = message.contains("tool_calls") && message["tool_calls"].is_array() &&

@@ -147,6 +147,7 @@ void Completion::take(Event& event) {
   switch (event.event.kind) {
     case GenerationEvent::Kind::kPromptDone:
       running.cached_tokens = event.event.cached_prompt_tokens;
+      running.measured.queued = event.event.queue_seconds;
       if (request_.stream && request_.chat) {
         write_event(chunk({{{"index", event.choice},
                             {"delta", {{"role", "assistant"}, {"content", ""}}},
@@ -162,6 +163,7 @@ void Completion::take(Event& event) {
         running.measured.token_gaps.push_back(seconds(event.time - running.last_token));
       }
       running.last_token = event.time;
+      running.measured.last_token = seconds(event.time - started_);
       deliver(event.choice, running.choice.token(event.event.token, event.event.logprob));
       if (running.choice.stopped()) {
         model_->generator->cancel(running.id);
@@ -245,11 +247,13 @@ void Completion::finish(size_t index, const std::string& reason, Clock::time_poi
 }
 
 Json Completion::chunk(Json choices) const {
-  return {{"id", id_},
-          {"object", request_.chat ? "chat.completion.chunk" : "text_completion"},
-          {"created", created_},
-          {"model", model_->name},
-          {"choices", std::move(choices)}};
+  Json out = {{"id", id_},
+              {"object", request_.chat ? "chat.completion.chunk" : "text_completion"},
+              {"created", created_},
+              {"model", model_->name},
+              {"choices", std::move(choices)}};
+  if (request_.include_usage) out["usage"] = nullptr;  // until the last one
+  return out;
 }
 
 void Completion::write_event(const Json& json) { out_ += "data: " + dump(json) + "\n\n"; }

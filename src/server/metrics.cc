@@ -59,7 +59,13 @@ void Metrics::add_finished(const Finished& finished) {
   const std::lock_guard lock(mutex_);
   ++finished_[finished.reason];
   if (finished.reason == "nan") ++corrupted_;
-  if (finished.first_token >= 0) first_token_.add(finished.first_token);
+  if (finished.first_token >= 0) {
+    first_token_.add(finished.first_token);
+    queue_.add(finished.queued);
+    prefill_.add(std::max(finished.first_token - finished.queued, 0.0));
+    decode_.add(finished.last_token - finished.first_token);
+    inference_.add(std::max(finished.last_token - finished.queued, 0.0));
+  }
   for (const double gap : finished.token_gaps) between_tokens_.add(gap);
   whole_.add(finished.end);
   prompt_length_.add(static_cast<double>(finished.prompt_tokens));
@@ -129,6 +135,13 @@ std::string Metrics::text(const SchedulerStats& stats, const std::string& model_
   first_token_.write(out, "vllm:time_to_first_token_seconds",
                      "From the request to its first token.", labels);
   between_tokens_.write(out, "vllm:inter_token_latency_seconds", "Between two tokens.", labels);
+  queue_.write(out, "vllm:request_queue_time_seconds", "Until a request was admitted.", labels);
+  prefill_.write(out, "vllm:request_prefill_time_seconds", "From there to its first token.",
+                 labels);
+  decode_.write(out, "vllm:request_decode_time_seconds", "From its first to its last token.",
+                labels);
+  inference_.write(out, "vllm:request_inference_time_seconds",
+                   "From its admission to its last token.", labels);
   whole_.write(out, "vllm:e2e_request_latency_seconds", "From the request to its last token.",
                labels);
   prompt_length_.write(out, "vllm:request_prompt_tokens", "Prompt tokens of a request.", labels);

@@ -31,11 +31,13 @@ class Metrics {
  public:
   void add_response(int status);
   // One finished choice. Times in seconds since the request came; first_token < 0: there was none.
+  // `queued` is how long it waited to be admitted.
   struct Finished {
     std::string reason;
     double first_token = -1, end = 0;
     int64_t prompt_tokens = 0, generated_tokens = 0;
     std::vector<double> token_gaps;
+    double queued = 0, last_token = -1;
   };
   void add_finished(const Finished& finished);
 
@@ -52,8 +54,12 @@ class Metrics {
                           1,     2.5,   5,    7.5,  10,   20,   40,   80,  160,  640, 2560}};
   Histogram between_tokens_{{0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
                              5, 7.5, 10, 20, 40, 80}};
-  Histogram whole_{{0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
-                    30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680}};
+  static std::vector<double> request_seconds() {
+    return {0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
+            30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680};
+  }
+  Histogram queue_{request_seconds()}, prefill_{request_seconds()}, decode_{request_seconds()},
+      inference_{request_seconds()}, whole_{request_seconds()};
   Histogram prompt_length_{
       {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000}};
   Histogram answer_length_{{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000}};

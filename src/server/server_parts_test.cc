@@ -85,127 +85,6 @@ CompletionRequest completion(const std::string& body) {
   static const auto model = byte_model(nullptr);
   return parse_completion(parse_body(body, {}), *model, {});
 }
-CompletionRequest chat(const std::string& body) {
-  static const auto model = byte_model(nullptr);
-  return parse_chat(parse_body(body, {}), *model, {}, 0);
-}
-
-template <class Parse>
-void expect_refused(Parse parse, const std::string& body, int status, const std::string& param) {
-  try {
-    parse(body);
-    ADD_FAILURE() << "taken: " << body.substr(0, 200);
-  } catch (const ApiError& error) {
-    EXPECT_EQ(error.status, status) << body.substr(0, 200);
-    EXPECT_EQ(error.param, param) << body.substr(0, 200) << "\n" << error.what();
-    EXPECT_STRNE(error.what(), "");
-    EXPECT_LT(std::strlen(error.what()), 1000u);
-  }
-}
-
-TEST(ApiRequest, RefusesBodies) {
-  for (const std::string& body :
-       {std::string(""), std::string("nothing"), std::string("{\"prompt\": 1"), std::string("{} x"),
-        std::string("{\"prompt\": NaN}"), std::string("{\"prompt\": 1e999}"),
-        std::string("{\"prompt\": \"a\", \"prompt\": \"b\"}"), std::string("[1, 2]"),
-        std::string("\"text\""), std::string("{\"prompt\": \"\xff\"}"),
-        std::string("{\"prompt\": \"\\ud800\"}"),
-        "{\"x\": " + std::string(3000, '[') + std::string(3000, ']') + "}",
-        "{\"x\": " + std::string(60000, '['), std::string("{}\0", 3),
-        std::string("\xEF\xBB\xBF{}")}) {
-    expect_refused(completion, body, 400, "");
-    expect_refused(chat, body, 400, "");
-  }
-}
-
-TEST(ApiRequest, RefusesFieldsByName) {
-  const auto with = [](const std::string& field) { return "{\"prompt\": \"ab\", " + field + "}"; };
-  const std::pair<const char*, const char*> cases[] = {
-      {"\"temperature\": -1", "temperature"},
-      {"\"temperature\": 2.1", "temperature"},
-      {"\"temperature\": \"hot\"", "temperature"},
-      {"\"top_p\": 0", "top_p"},
-      {"\"top_p\": 1.1", "top_p"},
-      {"\"min_p\": -0.1", "min_p"},
-      {"\"top_k\": -2", "top_k"},
-      {"\"n\": 0", "n"},
-      {"\"n\": 129", "n"},
-      {"\"n\": 2147483648", "n"},
-      {"\"n\": 1.5", "n"},
-      {"\"max_tokens\": -1", "max_tokens"},
-      {"\"max_tokens\": 0", "max_tokens"},
-      {"\"max_tokens\": 9223372036854775808", "max_tokens"},
-      {"\"max_tokens\": \"5\"", "max_tokens"},
-      {"\"seed\": 9223372036854775808", "seed"},
-      {"\"seed\": 0.5", "seed"},
-      {"\"logprobs\": 21", "logprobs"},
-      {"\"logprobs\": -1", "logprobs"},
-      {"\"logprobs\": true", "logprobs"},
-      {"\"stop\": \"\"", "stop"},
-      {"\"stop\": [\"a\", 1]", "stop"},
-      {"\"stop\": 5", "stop"},
-      {"\"echo\": 1", "echo"},
-      {"\"stream\": \"yes\"", "stream"},
-      {"\"stream_options\": {\"include_usage\": true}", "stream_options"},
-      {"\"stream\": true, \"stream_options\": {\"x\": 1}", "x"},
-      {"\"best_of\": 3", "best_of"},
-      {"\"suffix\": \"x\"", "suffix"},
-      {"\"logit_bias\": {\"5\": 1}", "logit_bias"},
-      {"\"frequency_penalty\": 0.5", "frequency_penalty"},
-      {"\"presence_penalty\": -2", "presence_penalty"},
-      {"\"stop_token_ids\": [260]", "stop_token_ids"},
-      {"\"n_discard\": -5", "n_discard"},
-      {"\"id_slot\": -1", "id_slot"},
-      {"\"stpo\": \"x\"", "stpo"},
-  };
-  for (const auto& [field, param] : cases) expect_refused(completion, with(field), 400, param);
-  expect_refused(completion, with("\"model\": \"other\""), 404, "model");
-  std::string stops = "\"stop\": [";
-  for (int i = 0; i < 17; ++i) stops += std::string(i ? "," : "") + "\"a\"";
-  expect_refused(completion, with(stops + "]"), 400, "stop");
-  expect_refused(completion, with("\"stop\": \"" + std::string(1 << 20, 'x') + "\""), 400, "stop");
-  for (const char* prompt : {"[]", "5", "{}", "\"\"", "[-1]", "[260]", "[4294967296]", "[1.0]",
-                             "[[]]", "[1, \"a\"]", "[\"a\", 1]", "[[1], [true]]", "null"})
-    expect_refused(completion, std::string("{\"prompt\": ") + prompt + "}", 400, "prompt");
-  expect_refused(completion, "{}", 400, "prompt");
-}
-
-TEST(ApiRequest, RefusesMessagesByPlace) {
-  const std::pair<const char*, const char*> cases[] = {
-      {"[]", "messages"},
-      {"5", "messages"},
-      {"[5]", "messages[0]"},
-      {R"([{"content": "a"}])", "messages[0].role"},
-      {R"([{"role": "king", "content": "a"}])", "messages[0].role"},
-      {R"([{"role": "user\n", "content": "a"}])", "messages[0].role"},
-      {R"([{"role": "user"}])", "messages[0].content"},
-      {R"([{"role": "user", "content": null}])", "messages[0].content"},
-      {R"([{"role": "user", "content": 5}])", "messages[0].content"},
-      {R"([{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}])",
-       "messages[1].content"},
-      {R"([{"role": "assistant", "content": "", "tool_calls": [{}]}])", "messages[0].tool_calls"},
-  };
-  for (const auto& [messages, param] : cases)
-    expect_refused(chat, std::string("{\"messages\": ") + messages + "}", 400, param);
-  const std::string good = R"("messages": [{"role": "user", "content": "abc"}])";
-  const std::pair<const char*, const char*> fields[] = {
-      {"\"response_format\": {\"type\": \"json_object\"}", "response_format"},
-      {"\"response_format\": {\"type\": \"json_schema\", \"json_schema\": {\"$ref\": \"#\"}}",
-       "response_format"},
-      {"\"tools\": [{}]", "tools"},
-      {"\"tool_choice\": \"auto\"", "tool_choice"},
-      {"\"top_logprobs\": 2", "top_logprobs"},
-      {"\"logprobs\": true, \"top_logprobs\": 21", "top_logprobs"},
-      {"\"max_completion_tokens\": 0", "max_completion_tokens"},
-      {"\"prompt\": \"x\"", "prompt"},
-  };
-  for (const auto& [field, param] : fields)
-    expect_refused(chat, "{" + good + ", " + field + "}", 400, param);
-  EXPECT_EQ(chat("{" + good + ", \"response_format\": {\"type\": \"text\"}, \"tools\": []}")
-                .prompts[0]
-                .size(),
-            3u);
-}
 
 TEST(ApiRequest, ContextErrorsGiveBothNumbers) {
   try {
@@ -248,11 +127,13 @@ TEST(Choice, NeverSplitsACharacterAndKeepsLogprobsInStep) {
 TEST(Metrics, CountsInBuckets) {
   Metrics metrics;
   metrics.add_response(200);
-  metrics.add_finished({"stop", 0.015, 0.5, 10, 3, {0.02, 0.2}});
+  metrics.add_finished({"stop", 0.015, 0.5, 10, 3, {0.02, 0.2}, 0.005, 0.4});
   const std::string text = metrics.text({}, "a\"b\\c\nd", "FFSS");
   for (const char* line :
        {"vllm:time_to_first_token_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.01\"} 0\n",
         "vllm:time_to_first_token_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.02\"} 1\n",
+        "vllm:request_queue_time_seconds_sum{model_name=\"a\\\"b\\\\c\\nd\"} 0.005\n",
+        "vllm:request_inference_time_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.5\"} 1\n",
         "vllm:inter_token_latency_seconds_count{model_name=\"a\\\"b\\\\c\\nd\"} 2\n",
         "indexcache_num_full_layers{model_name=\"a\\\"b\\\\c\\nd\"} 2\n", "plan=\"FFSS\"} 1\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << text;

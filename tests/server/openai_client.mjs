@@ -5,7 +5,7 @@ import OpenAI from "openai";
 import { check, checksPassed, startServer } from "./start_server.mjs";
 
 const [program, model] = process.argv.slice(2);
-const server = await startServer(program, ["-m", model, "-c", "2048", "-t", "2", "--max-running", "2", "--max-waiting", "2",
+const server = await startServer(program, ["-m", model, "-c", "8192", "-t", "2", "--max-running", "2", "--max-waiting", "2",
   "--served-model-name", "demo", "--api-key", "secret", "--deterministic"]);
 const client = new OpenAI({ baseURL: server.url + "/v1", apiKey: "secret" });
 const base = { model: "demo", temperature: 0, seed: 1 };
@@ -21,6 +21,15 @@ const idle = async () => {
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
   check(false, "requests are still running");
+};
+
+// vLLM's names have a colon, of which promtool may complain; of nothing else.
+const promtoolIsHappy = async () => {
+  const text = await (await fetch(server.url + "/metrics", { headers: { Authorization: "Bearer secret" } })).text();
+  const promtool = spawnSync("promtool", ["check", "metrics"], { input: text, encoding: "utf8" });
+  if (promtool.error?.code === "ENOENT") return console.log("promtool is not installed: its check is skipped");
+  const complaints = (promtool.stdout + promtool.stderr).split("\n").filter((line) => line && !line.includes("metric names should not contain ':'"));
+  check(complaints.length === 0, "promtool check metrics", complaints);
 };
 
 try {
@@ -55,32 +64,23 @@ try {
   const again = await client.completions.create({ model: "demo", prompt: ["The index", "A layer"], n: 2, max_tokens: 8, temperature: 1, seed: 5 });
   check(JSON.stringify(several.choices) === JSON.stringify(again.choices), "a seed gives the same again");
 
-  // vLLM's names have a colon, of which promtool may complain; of nothing else.
-  const metricsText = await (await fetch(server.url + "/metrics", { headers: { Authorization: "Bearer secret" } })).text();
-  const promtool = spawnSync("promtool", ["check", "metrics"], { input: metricsText, encoding: "utf8" });
-  if (promtool.error?.code === "ENOENT") console.log("promtool is not installed: its check is skipped");
-  else {
-    const complaints = (promtool.stdout + promtool.stderr).split("\n").filter((line) => line && !line.includes("metric names should not contain ':'"));
-    check(complaints.length === 0, "promtool check metrics", complaints);
-  }
-
   const aborted = new AbortController();
   let seen = 0;
   const error = await thrown((async () => {
-    for await (const chunk of await client.chat.completions.create({ ...base, messages, max_completion_tokens: 1500, stream: true }, { signal: aborted.signal }))
+    for await (const chunk of await client.chat.completions.create({ ...base, messages, max_completion_tokens: 8000, ignore_eos: true, stream: true }, { signal: aborted.signal }))
       if (chunk.choices[0]?.delta.content && ++seen === 3) aborted.abort();
   })());
   check(seen >= 3 && (error === null || error instanceof OpenAI.APIUserAbortError), "abort", seen, error);
   await idle();
   check((await metrics())("indexcache_requests_cancelled_total") >= 1, "the abort was noticed");
-  for await (const chunk of await client.completions.create({ ...base, prompt: "The", max_tokens: 1500, stream: true })) if (chunk.choices[0].text) break;
+  for await (const chunk of await client.completions.create({ ...base, prompt: "The", max_tokens: 8000, ignore_eos: true, stream: true })) if (chunk.choices[0].text) break;
   await idle();
 
   const errors = [
     [{ model: "other", messages }, OpenAI.NotFoundError, "model_not_found"],
     [{ ...base, messages, temperature: 3 }, OpenAI.BadRequestError, null, "temperature"],
     [{ ...base, messages, response_format: { type: "json_object" } }, OpenAI.BadRequestError, null, "response_format"],
-    [{ ...base, messages: [{ role: "user", content: "x ".repeat(9000) }] }, OpenAI.BadRequestError, "context_length_exceeded", "messages"],
+    [{ ...base, messages: [{ role: "user", content: "x ".repeat(20000) }] }, OpenAI.BadRequestError, "context_length_exceeded", "messages"],
   ];
   for (const [request, type, code, param] of errors) {
     const wrong = await thrown(client.chat.completions.create(request));
@@ -91,10 +91,12 @@ try {
 
   // 2 may run and 2 wait: the fifth is refused at first, and the client tries again.
   const hold = new AbortController();
-  const long = () => client.completions.create({ ...base, prompt: "The", max_tokens: 1900, ignore_eos: true }, { signal: hold.signal, maxRetries: 0 }).catch((e) => e);
+  const long = () => client.completions.create({ ...base, prompt: "The", max_tokens: 8000, ignore_eos: true }, { signal: hold.signal, maxRetries: 0 }).catch((e) => e);
   const held = [long(), long(), long(), long()];
-  for (let i = 0; i < 100 && (await metrics())("indexcache_requests_accepted_total") < 1; ++i) await new Promise((r) => setTimeout(r, 20));
-  await new Promise((resolve) => setTimeout(resolve, 500));
+  const inWork = async () => { const value = await metrics(); return value("vllm:num_requests_running") + value("vllm:num_requests_waiting"); };
+  for (let i = 0; i < 200 && (await inWork()) < 4; ++i) await new Promise((resolve) => setTimeout(resolve, 20));
+  check((await inWork()) === 4, "four requests are in work");
+  await promtoolIsHappy();
   const impatient = await thrown(client.completions.create({ ...base, prompt: "The", max_tokens: 2 }, { maxRetries: 0 }));
   check(impatient instanceof OpenAI.RateLimitError && impatient.headers.get("retry-after"), "429", impatient);
   const patient = client.completions.create({ ...base, prompt: "The", max_tokens: 2 }, { maxRetries: 8 });

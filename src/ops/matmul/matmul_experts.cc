@@ -20,7 +20,7 @@ void as_groups(Exec& exec, const MatmulExpertsArgs& args) {
     }
   }
   // Straight to the implementation: its time counts as this op's.
-  const MatmulArgs products{groups, args.compute, false};
+  const MatmulArgs products{groups, args.compute, false, exec.batch_invariant};
   choose<MatmulArgs>(exec, "matmul", matmul_impls(), products).run(exec, products);
 }
 
