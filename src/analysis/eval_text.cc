@@ -89,7 +89,8 @@ std::vector<TextScore> score_text(const std::vector<Variant>& variants,
     const Model& model = variant.engine->model;
     const DType keys = indexer_dtype(model.config, model.compute, variant.engine->options);
     lanes.push_back({&variant, KvCache(cache_shape(model.config, variant.plan, model.compute, keys,
-                                                   ceil_div(length, kPageTokens)))});
+                                                   ceil_div(length, kPageTokens)),
+                                       variant.engine->exec.device)});
     chunk = std::min(chunk, variant.engine->activations.max_tokens);
   }
   const size_t vocab = static_cast<size_t>(variants[0].engine->model.config.vocab_size);

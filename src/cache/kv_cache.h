@@ -43,7 +43,7 @@ struct SequenceCache {
 
 class KvCache {
  public:
-  explicit KvCache(const KvCacheShape& shape, Device device = Device::kCpu);
+  KvCache(const KvCacheShape& shape, Device device);
 
   const KvCacheShape& shape() const { return shape_; }
   int64_t num_free_pages() const { return static_cast<int64_t>(free_pages_.size()); }

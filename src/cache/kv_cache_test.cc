@@ -21,7 +21,7 @@ KvCacheShape shape_of(int64_t num_pages) {
 
 TEST(KvCache, SharedLayersCostNoIndexerKeys) {
   EXPECT_EQ(cache_bytes_per_token(shape_of(1)), 2 * (3 * 12 + 2 * 8));
-  KvCache cache(shape_of(4));
+  KvCache cache(shape_of(4), Device::kCpu);
   EXPECT_NE(cache.indexer_keys(0).base, nullptr);
   EXPECT_DEATH(cache.indexer_keys(1), "layer_is_full");
 }
@@ -30,7 +30,7 @@ TEST(KvCache, Int8IndexerKeysHaveAScaleEach) {
   KvCacheShape shape = shape_of(2);
   shape.indexer_dtype = DType::kI8;
   EXPECT_EQ(cache_bytes_per_token(shape), 2 * 3 * 12 + 2 * (8 + 4));
-  KvCache cache(shape);
+  KvCache cache(shape, Device::kCpu);
   EXPECT_EQ(cache.latent(0).dtype, DType::kBF16);
   const PagedRows keys = cache.indexer_keys(2);
   EXPECT_EQ(keys.dtype, DType::kI8);
@@ -52,7 +52,7 @@ TEST(KvCache, CopiesPagesOfEveryPool) {
   for (const DType keys : {DType::kBF16, DType::kF8E4M3}) {
     KvCacheShape shape = shape_of(9);
     shape.indexer_dtype = keys;
-    KvCache cache(shape);
+    KvCache cache(shape, Device::kCpu);
     Exec exec(1);
     const std::vector<PagedRows> pools = {cache.latent(0), cache.latent(1), cache.latent(2),
                                           cache.indexer_keys(0), cache.indexer_keys(2)};
@@ -84,7 +84,7 @@ TEST(KvCache, CopiesPagesOfEveryPool) {
 }
 
 TEST(KvCache, RefusesWithoutChangingAnything) {
-  KvCache cache(shape_of(3));
+  KvCache cache(shape_of(3), Device::kCpu);
   SequenceCache a, b;
   ASSERT_TRUE(cache.reserve(a, 65));
   EXPECT_EQ(a.pages.size(), 2u);
@@ -99,7 +99,7 @@ TEST(KvCache, PagesAreNeverSharedAndAllComeBack) {
   constexpr uint64_t kSeed = 20261123;
   SCOPED_TRACE(testing::Message() << "seed " << kSeed);
   Rng rng(kSeed);
-  KvCache cache(shape_of(50));
+  KvCache cache(shape_of(50), Device::kCpu);
   std::vector<SequenceCache> sequences(7);
   for (int step = 0; step < 2000; ++step) {
     SequenceCache& sequence = sequences[rng.below(sequences.size())];
@@ -122,7 +122,7 @@ TEST(KvCache, PagesAreNeverSharedAndAllComeBack) {
 }
 
 TEST(KvCache, AHeldPageIsFreeWhenTheLastHolderLetsGo) {
-  KvCache cache(shape_of(2));
+  KvCache cache(shape_of(2), Device::kCpu);
   SequenceCache sequence;
   ASSERT_TRUE(cache.reserve(sequence, 64));
   const int32_t page = sequence.pages[0];
@@ -137,7 +137,7 @@ TEST(KvCache, AHeldPageIsFreeWhenTheLastHolderLetsGo) {
 }
 
 TEST(KvCache, RowsOfOnePageDoNotOverlap) {
-  KvCache cache(shape_of(2));
+  KvCache cache(shape_of(2), Device::kCpu);
   const PagedRows rows = cache.latent(1);
   const int32_t pages[] = {1, 0};
   std::set<const uint8_t*> starts;

@@ -15,7 +15,8 @@ KvCache small_cache(int64_t num_pages) {
   return KvCache({.layer_is_full = {true, false},
                   .latent_elements = 4,
                   .indexer_elements = 2,
-                  .num_pages = num_pages});
+                  .num_pages = num_pages},
+                 Device::kCpu);
 }
 
 // Tokens that a sequence has, as the engine would hold it.
