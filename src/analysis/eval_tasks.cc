@@ -49,9 +49,13 @@ std::vector<TaskScore> score_tasks(const std::vector<Variant>& variants, const T
         const int64_t answer_tokens =
             static_cast<int64_t>(tokenizer.encode(task.answer, false, false).size());
         for (size_t v = 0; v < variants.size(); ++v) {
-          // A little more than the answer takes: a model may spell it with other tokens.
-          const std::string answer = answer_of(variants[v], tokenizer, prompt,
-                                               std::min(2 * answer_tokens, kMaxAnswerTokens));
+          // A little more than the answer takes, where the context has room for it: a model may
+          // spell it with other tokens.
+          const int64_t room =
+              variants[v].engine->memory.context - static_cast<int64_t>(prompt.size());
+          const std::string answer =
+              answer_of(variants[v], tokenizer, prompt,
+                        std::min({2 * answer_tokens, kMaxAnswerTokens, room}));
           score.right[v] += answer_matches(task.answer, answer);
           if (progress) progress(++done);
         }

@@ -29,7 +29,7 @@ struct TaskScore {
 // prompt.
 inline constexpr int64_t kMaxAnswerTokens = 256;
 
-// Each engine's context holds the longest prompt and kMaxAnswerTokens more.
+// Each engine's context holds the longest of the contexts, better kMaxAnswerTokens more.
 std::vector<TaskScore> score_tasks(const std::vector<Variant>& variants, const TaskPlan& plan,
                                    const TaskFiller& filler, const Tokenizer& tokenizer,
                                    const std::function<void(int64_t answers_done)>& progress = {});

@@ -275,7 +275,9 @@ int eval(const EvalFlags& flags) {
     fail("--plan {}: eval compares plans, expected --plans", printable(options.plan));
   options.context = text.tokens.sequence_tokens();
   for (const int64_t context : flags.contexts)
-    options.context = std::max(options.context, context + kMaxAnswerTokens);
+    options.context =
+        std::max({options.context, context,
+                  std::min(context + kMaxAnswerTokens, source.config.max_position_embeddings)});
   Engines engines(source, options);
 
   Evaluation eval;
