@@ -141,6 +141,42 @@ TEST_P(Equivalence, BatchOfSequencesIsTheSequencesAlone) {
   }
 }
 
+// On a GPU a step of decoding is a recorded graph from its second time on; a step that is timed is
+// not. Sequences grow over pages and over index_topk, the plan changes, and a long prompt between
+// makes scratch memory grow and move.
+TEST_P(Equivalence, RecordedDecodeStepsAreTheStepsThemselves) {
+  const ModelSource source = small_source("FSFFS");
+  const size_t vocab = static_cast<size_t>(source.config.vocab_size);
+  const std::vector<int32_t> tokens = random_tokens(7, 400);
+  const auto decode = [&](bool timed) {
+    Engine engine(source, small_options());
+    std::vector<SequenceCache> caches(3);
+    for (size_t i = 0; i < caches.size(); ++i) {
+      prefill(engine, caches[i], std::span(tokens).subspan(i, 15 + 47 * i), nullptr);
+    }
+    std::vector<float> all;
+    for (size_t step = 0; step < 12; ++step) {
+      engine.model.plan = plan_from_string(step / 3 % 2 == 0 ? "FSFFS" : "FSSFS", 5, "test");
+      if (step == 8) {
+        SequenceCache other;
+        prefill(engine, other, tokens, nullptr);
+        engine.cache.release(other);
+      }
+      std::vector<BatchSequence> batch;
+      for (size_t i = 0; i < (step % 2 == 0 ? caches.size() : 1); ++i) {
+        CHECK(engine.cache.reserve(caches[i], caches[i].num_tokens + 1));
+        batch.push_back({&caches[i], std::span(tokens).subspan(100 + 5 * step + i, 1), 1});
+      }
+      all.resize(all.size() + batch.size() * vocab);
+      ForwardTimes times;
+      forward(engine.exec, engine.model, engine.cache, engine.activations, batch,
+              all.data() + all.size() - batch.size() * vocab, nullptr, timed ? &times : nullptr);
+    }
+    return all;
+  };
+  EXPECT_EQ(decode(false), decode(true));
+}
+
 TEST_P(Equivalence, AllFullPlanIsPlainDsaBitForBit) {
   const ModelSource source = small_source();
   const std::vector<int32_t> tokens = random_tokens(7);

@@ -32,17 +32,20 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             CudaStream& stream, Args&&... args) {
   (void)stream;
   using Values = std::tuple<std::remove_const_t<Params>...>;
-  struct Context {
-    void (*kernel)(Params...);
-    Values values;
-  } context{kernel, Values(std::forward<Args>(args)...)};
-  std::apply([](auto&... value) { (emulation::check_argument(value), ...); }, context.values);
-  emulation::run({grid, block, shared_bytes,
-                  [](const void* given) {
-                    const Context& c = *static_cast<const Context*>(given);
-                    std::apply(c.kernel, c.values);
-                  },
-                  &context});
+  Values values(std::forward<Args>(args)...);
+  std::apply([](auto&... value) { (emulation::check_argument(value), ...); }, values);
+  emulation::put_on_stream([kernel, values, grid, block, shared_bytes] {
+    struct Context {
+      void (*kernel)(Params...);
+      const Values& values;
+    } context{kernel, values};
+    emulation::run({grid, block, shared_bytes,
+                    [](const void* given) {
+                      const Context& c = *static_cast<const Context*>(given);
+                      std::apply(c.kernel, c.values);
+                    },
+                    &context});
+  });
 }
 
 template <class T>

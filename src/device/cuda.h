@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace indexcache {
@@ -105,6 +107,33 @@ class CudaEvent {
 
  private:
   void* handle_ = nullptr;
+};
+
+// Work that was recorded once and is put on a stream again at the cost of one launch: a step of
+// decoding is a thousand kernels that each take less time than the host needs to start one. The
+// kernels see the arguments of the recording, so that only the contents of GPU memory may change.
+class CudaGraph {
+ public:
+  CudaGraph() = default;
+  ~CudaGraph();
+  CudaGraph(CudaGraph&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  CudaGraph& operator=(CudaGraph&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  CudaGraph(const CudaGraph&) = delete;
+  CudaGraph& operator=(const CudaGraph&) = delete;
+
+  // Takes down what `work` puts on the stream, which is not run. `work` may not wait, copy to or
+  // from the host, or ask for more scratch than the stream has: it ran before with the same shapes.
+  void record(CudaStream& stream, const std::function<void()>& work);
+  bool recorded() const { return handle_ != nullptr; }
+  void launch(CudaStream& stream);
+
+ private:
+  void reset();
+
+  void* handle_ = nullptr;  // a cudaGraphExec_t
 };
 
 uint64_t cuda_free_bytes();

@@ -35,6 +35,9 @@ void CudaStream::read_laps() { no_cuda(); }
 CudaEvent::~CudaEvent() = default;
 void CudaEvent::record(CudaStream&) { no_cuda(); }
 void CudaEvent::wait() { CHECK(handle_ == nullptr); }
+CudaGraph::~CudaGraph() = default;
+void CudaGraph::record(CudaStream&, const std::function<void()>&) { no_cuda(); }
+void CudaGraph::launch(CudaStream&) { no_cuda(); }
 uint64_t cuda_free_bytes() { no_cuda(); }
 
 }  // namespace indexcache

@@ -148,6 +148,38 @@ void CudaEvent::wait() {
   if (handle_ != nullptr) check_cuda(cudaEventSynchronize(event_of(handle_)), "waiting for it");
 }
 
+CudaGraph::~CudaGraph() { reset(); }
+
+void CudaGraph::reset() {
+  if (handle_ != nullptr) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(handle_));
+  handle_ = nullptr;
+}
+
+void CudaGraph::record(CudaStream& stream, const std::function<void()>& work) {
+  reset();
+  cudaGraph_t graph = nullptr;
+  check_cuda(cudaStreamBeginCapture(stream_of(stream), cudaStreamCaptureModeThreadLocal),
+             "recording a graph");
+  try {
+    work();
+  } catch (...) {
+    if (cudaStreamEndCapture(stream_of(stream), &graph) == cudaSuccess) cudaGraphDestroy(graph);
+    cudaGetLastError();
+    throw;
+  }
+  check_cuda(cudaStreamEndCapture(stream_of(stream), &graph), "recording a graph");
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  check_cuda(status, "making a graph ready");
+  handle_ = exec;
+}
+
+void CudaGraph::launch(CudaStream& stream) {
+  check_cuda(cudaGraphLaunch(static_cast<cudaGraphExec_t>(handle_), stream_of(stream)),
+             "starting a graph");
+}
+
 uint64_t cuda_free_bytes() {
   size_t free = 0, total = 0;
   check_cuda(cudaMemGetInfo(&free, &total), "its free memory");

@@ -273,7 +273,9 @@ GenerateResult generate(Engine& engine, SequenceCache& sequence, std::span<const
       result.finish = GenerateResult::Finish::kContextFull;
       break;
     }
-    prefill(engine, sequence, {&token, 1}, &logits, {.times = &result.decode_times});
+    const bool timed = is_timed_step(engine, std::ssize(result.tokens));
+    prefill(engine, sequence, {&token, 1}, &logits,
+            {.times = timed ? &result.decode_times : nullptr});
   }
   result.decode_seconds = monotonic_seconds() - start;
   return result;

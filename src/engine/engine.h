@@ -104,6 +104,13 @@ DType indexer_dtype(const ModelConfig& config, Compute compute,
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 
+// Whether step number `step` of decoding is one whose parts are timed. On a GPU a timed step is not
+// a recorded graph and takes longer, so one in kTimedSteps stands for all.
+inline constexpr int64_t kTimedSteps = 16;
+inline bool is_timed_step(const Engine& engine, int64_t step) {
+  return engine.exec.device == Device::kCpu || step % kTimedSteps == 0;
+}
+
 // Runs `tokens` through the model in chunks of at most `options.batch_tokens`, appending to
 // `sequence`. Writes the last token's logits, or all of them when `all_logits` is set. Stops early,
 // between chunks, when `stop` becomes true. Error when the context is full.
@@ -133,8 +140,8 @@ struct GenerateResult {
   std::vector<int32_t> tokens;
   int64_t prompt_tokens = 0;
   double prefill_seconds = 0;
-  double decode_seconds = 0;  // of tokens after the first
-  ForwardTimes prefill_times, decode_times;
+  double decode_seconds = 0;                 // of tokens after the first
+  ForwardTimes prefill_times, decode_times;  // of decoding the steps that are timed
   enum class Finish { kLength, kStopToken, kInterrupted, kContextFull } finish = Finish::kLength;
 };
 

@@ -43,13 +43,28 @@ std::vector<PendingEvent> RequestBatch::step() {
   plan_rows();
   if (!batch_.empty()) {
     logits_.resize(rows_.size() * static_cast<size_t>(engine_.model.config.vocab_size));
-    forward(engine_.exec, engine_.model, engine_.cache, engine_.activations, batch_, logits_.data(),
-            nullptr, &totals_.times);
+    run_batch();
     totals_.steps += 1;
     look_at_results();
     std::erase_if(running_, [](const auto& request) { return request->done; });
   }
   return std::exchange(events_, {});
+}
+
+void RequestBatch::run_batch() {
+  const bool decodes = std::all_of(batch_.begin(), batch_.end(), [](const BatchSequence& sequence) {
+    return sequence.tokens.size() == 1;
+  });
+  const bool sampled = decodes && engine_.exec.device == Device::kCuda;
+  const bool timed = !sampled || is_timed_step(engine_, totals_.steps);
+  ForwardTimes times;
+  forward(engine_.exec, engine_.model, engine_.cache, engine_.activations, batch_, logits_.data(),
+          nullptr, timed ? &times : nullptr);
+  const double stands_for = sampled ? static_cast<double>(kTimedSteps) : 1;
+  totals_.times.indexer += stands_for * times.indexer;
+  totals_.times.attention += stands_for * times.attention;
+  totals_.times.ffn += stands_for * times.ffn;
+  totals_.times.head += stands_for * times.head;
 }
 
 std::vector<PendingEvent> RequestBatch::end_all(FinishReason reason, const std::string& message) {

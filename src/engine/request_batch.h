@@ -101,6 +101,7 @@ class RequestBatch {
   void reserve_rows();
   void preempt_youngest();
   void plan_rows();
+  void run_batch();
   bool another_computes_its_page(RequestState& request, std::vector<PrefixCache::Key>& under_way);
   void look_at_results();
   void look_at_row(Row& row, std::span<const float> logits) const;

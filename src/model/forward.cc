@@ -641,14 +641,64 @@ std::span<const float> read_residual(Exec& exec, const Model& model, Activations
                    static_cast<int64_t>(a.token_ids.size()) * model.config.hidden_size);
 }
 
+namespace {
+
+// One token and its logits for each sequence.
+bool is_decode_step(const Activations& a, std::span<const BatchSequence> batch) {
+  return batch.size() <= static_cast<size_t>(a.logit_rows) &&
+         std::all_of(batch.begin(), batch.end(), [](const BatchSequence& sequence) {
+           return sequence.tokens.size() == 1 && sequence.num_logits == 1;
+         });
+}
+
+// A step of decoding, its batch begun, on a GPU. Seen for the first time it is run as it is, so
+// that whatever is set up at first use (scratch, the library's plans) is there when it is recorded.
+void run_decode_step(Exec& exec, const Model& model, KvCache& cache, Activations& a,
+                     std::span<const BatchSequence> batch, float* logits) {
+  const auto run = [&] {
+    run_embedding(exec, model, a);
+    run_layers(exec, model, cache, a, 0, static_cast<int>(model.config.num_hidden_layers));
+    int64_t rows = 0;
+    const float* wanted = wanted_rows(exec, model, a, batch, nullptr, &rows);
+    logits_of(exec, model, wanted, rows, a.logits);
+  };
+  DecodeGraph& step = a.decode_graphs[static_cast<int64_t>(batch.size())];
+  const auto bound = [&] {
+    return DecodeGraph::Bound{.model = &model,
+                              .cache = cache.latent(0).base,
+                              .inputs = a.inputs.data(),
+                              .scratch = exec.cuda().scratch(0),
+                              .plan = model.plan,
+                              .batch_invariant = exec.batch_invariant,
+                              .forced = exec.forced};
+  };
+  if (step.bound != bound()) {
+    run();
+    step.bound = bound();
+    step.graph = CudaGraph();
+  } else {
+    if (!step.graph.recorded()) step.graph.record(exec.cuda(), run);
+    step.graph.launch(exec.cuda());
+  }
+  exec.cuda().copy_out(logits, a.logits,
+                       batch.size() * static_cast<size_t>(model.config.vocab_size) * sizeof(float));
+}
+
+}  // namespace
+
 void forward(Exec& exec, const Model& model, KvCache& cache, Activations& a,
              std::span<BatchSequence> batch, float* logits, const ForwardTap* tap,
              ForwardTimes* times) {
   begin_forward(exec, model, a, batch);
-  run_embedding(exec, model, a, times);
-  run_layers(exec, model, cache, a, 0, static_cast<int>(model.config.num_hidden_layers), tap,
-             times);
-  run_head(exec, model, a, batch, logits, tap, times);
+  if (exec.device == Device::kCuda && tap == nullptr && times == nullptr &&
+      exec.profile == nullptr && is_decode_step(a, batch)) {
+    run_decode_step(exec, model, cache, a, batch, logits);
+  } else {
+    run_embedding(exec, model, a, times);
+    run_layers(exec, model, cache, a, 0, static_cast<int>(model.config.num_hidden_layers), tap,
+               times);
+    run_head(exec, model, a, batch, logits, tap, times);
+  }
   for (const BatchSequence& sequence : batch) {
     sequence.cache->num_tokens += static_cast<int64_t>(sequence.tokens.size());
   }

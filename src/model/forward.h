@@ -7,7 +7,9 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cache/kv_cache.h"
@@ -62,6 +64,20 @@ struct ForwardTimes {
   double total() const { return indexer + attention + ffn + head; }
 };
 
+// A step of decoding on a GPU as it was recorded, and what the recording holds for.
+struct DecodeGraph {
+  struct Bound {
+    const Model* model = nullptr;
+    const uint8_t *cache = nullptr, *inputs = nullptr, *scratch = nullptr;
+    IndexPlan plan;
+    bool batch_invariant = false;
+    std::map<std::string, std::string> forced;
+    bool operator==(const Bound&) const = default;
+  };
+  Bound bound;
+  CudaGraph graph;
+};
+
 // All intermediate results, allocated once for the largest batch, in the memory of the device.
 struct Activations {
   Activations(const ModelConfig& config, int64_t max_tokens, Device device = Device::kCpu);
@@ -110,6 +126,7 @@ struct Activations {
   const SeqSpan* device_seqs = nullptr;
   Memory inputs;
   std::vector<uint8_t> packed_inputs;
+  std::map<int64_t, DecodeGraph> decode_graphs;  // by number of sequences
 
   // What of the GPU's a caller looks at.
   std::vector<float> host_x, host_logits;
@@ -125,7 +142,9 @@ uint64_t gpu_workspace_bytes(const ModelConfig& config, DType indexer_dtype, int
 
 // Runs the batch, appends its tokens to the caches, and writes the wanted rows of logits, [sum of
 // num_logits, vocab_size], in batch order. Token ids must be in [0, vocab_size): an Error
-// otherwise. `tap` and `times` may be null.
+// otherwise. `tap` and `times` may be null. On a GPU a step of decoding that has been seen before
+// (one token a sequence, so many sequences) is one launch of a recorded graph, if neither `tap`,
+// `times` nor a profile is wanted: so a caller that decodes for speed looks at times now and then.
 void forward(Exec& exec, const Model& model, KvCache& cache, Activations& activations,
              std::span<BatchSequence> batch, float* logits, const ForwardTap* tap = nullptr,
              ForwardTimes* times = nullptr);

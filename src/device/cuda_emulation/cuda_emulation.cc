@@ -339,6 +339,21 @@ namespace e = indexcache::emulation;
 struct EmulatedEvent {
   double seconds;
 };
+struct EmulatedGraph {
+  std::vector<std::function<void()>> work;
+};
+
+namespace {
+EmulatedGraph* recording = nullptr;
+}  // namespace
+
+void e::put_on_stream(std::function<void()> work) {
+  if (recording != nullptr) {
+    recording->work.push_back(std::move(work));
+  } else {
+    work();
+  }
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess                 ? "no error"
@@ -362,6 +377,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 // The end, at the next multiple of 16, touches an unmapped page.
 cudaError_t cudaMalloc(void** memory, size_t num_bytes) {
+  if (recording != nullptr) e::die("memory asked for while a graph is recorded");
   e::Device& device = e::device();
   const size_t padded = (num_bytes + 15) / 16 * 16, num_pages = (padded + e::kPage - 1) / e::kPage;
   if (num_bytes == 0) {
@@ -417,14 +433,19 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMe
   if (e::is_device_address(reinterpret_cast<uintptr_t>(to)) != to_device ||
       e::is_device_address(reinterpret_cast<uintptr_t>(from)) != from_device)
     return cudaErrorInvalidValue;
-  const e::Opened opened;
-  std::memcpy(to, from, num_bytes);
+  if (recording != nullptr && kind != cudaMemcpyDeviceToDevice) return cudaErrorInvalidValue;
+  e::put_on_stream([to, from, num_bytes] {
+    const e::Opened opened;
+    std::memcpy(to, from, num_bytes);
+  });
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t num_bytes, cudaStream_t) {
   if (num_bytes == 0) return cudaSuccess;
-  const e::Opened opened;
-  std::memset(to, value, num_bytes);
+  e::put_on_stream([to, value, num_bytes] {
+    const e::Opened opened;
+    std::memset(to, value, num_bytes);
+  });
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -432,7 +453,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return recording == nullptr ? cudaSuccess : cudaErrorInvalidValue;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new EmulatedEvent{0};
   return cudaSuccess;
@@ -448,5 +471,29 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   *milliseconds = static_cast<float>((end->seconds - begin->seconds) * 1e3);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  recording = new EmulatedGraph;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  *graph = std::exchange(recording, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, uint64_t) {
+  *exec = new EmulatedGraph(*graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  for (const auto& work : exec->work) work();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
   return cudaSuccess;
 }

@@ -393,6 +393,9 @@ void index_select_cuda(Exec& exec, const IndexSelectArgs& args) {
     if (seq.num_tokens > 0) longest = std::max(longest, seq.first_position + seq.num_tokens);
   }
   if (num_tokens == 0) return;
+  // A step of decoding may be recorded in a graph: nothing in it may depend on the contexts.
+  if (num_tokens == static_cast<int64_t>(args.seqs.size()))
+    longest = std::max(longest, args.max_context);
   CudaStream& stream = exec.cuda();
   const bool scaled = rows_have_scales(args.keys.dtype), scored = longest > args.k;
   const int64_t row_stride = scored ? round_up(longest, 4) : 0;
