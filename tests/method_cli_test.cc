@@ -1,5 +1,6 @@
 // search, overlap and eval from end to end: the real program on a generated checkpoint.
 
+#include <filesystem>
 #include <fstream>
 
 #include "base/json.h"
@@ -177,6 +178,29 @@ TEST_F(Method, TextAndJsonLinesAreTheSameText) {
   EXPECT_EQ(a.at("num_queries"), 3 * 44);
   output(args("overlap", {"--csv", "-o", path("overlap.csv")}));
   EXPECT_TRUE(read_file(path("overlap.csv")).starts_with("layer_a,layer_b,overlap,"));
+}
+
+// Dense attention is the model whose index_topk is the context.
+TEST_F(Method, EvalShowsDenseAttentionBesideTheModel) {
+  const std::string folder = path("all_selected");
+  std::filesystem::copy(model_, folder);
+  Json config = load_json(folder + "/config.json");
+  config["index_topk"] = 300;
+  std::ofstream(folder + "/config.json") << config;
+  std::vector<std::string> wide = args("eval", {"--json"});
+  wide[2] = folder;
+  const Json expected = parse_json(output(wide), "stdout").at("variants")[0];
+  const Json rows = parse_json(output(args("eval", {"--plans", "dense,1/2", "--variant",
+                                                    "all the tokens=dense", "--json"})),
+                               "stdout")
+                        .at("variants");
+  ASSERT_EQ(rows.size(), 4u);
+  for (const size_t row : {1, 3}) {
+    EXPECT_EQ(rows[row].at("nll"), expected.at("nll"));
+    EXPECT_EQ(rows[row].at("index_topk"), 300);
+  }
+  EXPECT_NE(rows[0].at("nll"), expected.at("nll"));
+  EXPECT_EQ(rows[0].at("index_topk"), 256);
 }
 
 // The loss of `eval` is the mean_nll of `logits`.

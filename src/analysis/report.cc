@@ -209,7 +209,7 @@ class FamilyChart {
   void add(const std::string& name, const std::string& plan, double increase) {
     const double full = count_full(plan);
     if (plan.find('S') == std::string::npos) {
-      start_ = {full, increase};
+      if (!start_) start_ = {full, increase};  // the reference; dense attention may come after it
       return;
     }
     const std::string family = family_of(name);

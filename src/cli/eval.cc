@@ -30,18 +30,22 @@ struct EvalFlags {
   std::string output, html;
 };
 
-// The engines of the variants, one for each file of indexers ("": the checkpoint's own): plans
-// share one, which has the weights for all of them.
+// A plan that is none: all layers full, and every query selects all that it sees.
+constexpr const char* kDense = "dense";
+
+// The engines of the variants, one for each file of indexers ("": the checkpoint's own), dense or
+// not: plans share one, which has the weights for all of them.
 class Engines {
  public:
   // `options` are what every engine has but its plan and indexers; the source must outlive it.
   Engines(const ModelSource& source, RunOptions options) : source_(source), options_(options) {}
 
-  Engine* with_indexers(const std::string& file) {
-    std::unique_ptr<Engine>& engine = engines_[file];
+  Engine* with_indexers(const std::string& file, bool dense) {
+    std::unique_ptr<Engine>& engine = engines_[{file, dense}];
     if (engine == nullptr) {
       RunOptions options = options_;
       options.indexers = file;
+      options.dense = dense;
       options.plan = to_string(widest_plan(source_, options));
       engine = std::make_unique<Engine>(source_, options);
       print_engine(*engine);
@@ -52,7 +56,7 @@ class Engines {
  private:
   const ModelSource& source_;
   RunOptions options_;
-  std::map<std::string, std::unique_ptr<Engine>> engines_;
+  std::map<std::pair<std::string, bool>, std::unique_ptr<Engine>> engines_;
 };
 
 // NAME=PLAN, NAME=PLAN,indexers=FILE or NAME=indexers=FILE; a plan may hold '=' and ','.
@@ -99,11 +103,16 @@ std::vector<Variant> variants_of(const EvalFlags& flags, Engines* engines) {
     if (texts.back().indexers.empty()) texts.back().indexers = base;
   }
   // The reference: all layers full, or all that can be.
-  Engine* reference = engines->with_indexers(base);
+  Engine* reference = engines->with_indexers(base, false);
   std::vector<Variant> variants = {{"all", reference->model.plan, reference}};
   for (const VariantText& text : texts) {
-    Engine* engine = engines->with_indexers(text.indexers);
+    const bool dense = text.plan == kDense;
+    Engine* engine = engines->with_indexers(text.indexers, dense);
     const IndexPlan& widest = engine->model.plan;
+    if (dense) {
+      variants.push_back({text.name, widest, engine});
+      continue;
+    }
     std::vector<bool> can_be_full;
     for (int layer = 0; layer < widest.num_layers(); ++layer)
       can_be_full.push_back(widest.is_full(layer));
@@ -174,6 +183,7 @@ Json evaluation_json(const Evaluation& eval) {
     Json row = {{"name", eval.variants[v].name},
                 {"plan", to_string(eval.variants[v].plan)},
                 {"num_full", eval.variants[v].plan.num_full()},
+                {"index_topk", eval.variants[v].engine->model.config.indexer.index_topk},
                 {"indexers", indexers_of(eval.variants[v])},
                 {"nll", estimate_json(score.nll)},
                 {"perplexity", score.perplexity()},
@@ -337,11 +347,14 @@ void add_eval_command(CLI::App* program, int* exit_code) {
       "trained=1/4,indexers=indexers.safetensors\n"
       "All plans see the same tokens and prompts. The first row is the reference, all layers "
       "full;\n"
-      "errors are standard errors over sequences.");
+      "\"dense\" is the model without sparse attention: every query selects all that it sees.\n"
+      "Errors are standard errors over sequences.");
   add_model_flag(command, &flags->common, true);
   add_run_flags(command, &flags->common);
   add_data_flags(command, &flags->data);
-  command->add_option("--plans", flags->plans, "Index plans: default, 1/4, FSSF..., a plan file")
+  command
+      ->add_option("--plans", flags->plans,
+                   "Index plans: default, 1/4, FSSF..., a plan file; dense")
       ->delimiter(',');
   command->add_option("--variant", flags->variants,
                       "NAME=PLAN, NAME=PLAN,indexers=FILE or NAME=indexers=FILE: a plan, trained "

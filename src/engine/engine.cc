@@ -144,6 +144,8 @@ Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPla
     warn("{}; used all the same, as asked", other_model(*indexers, source.config));
   Model model;
   model.config = std::move(laid.config);
+  if (options.dense)
+    model.config.indexer.index_topk = resolve_context(model.config, options.context);
   model.plan = plan_in_force(model.config, laid.layer_has_indexer, options, laid.where);
   model.compute = resolve_compute(laid.specs, options.compute);
   *memory = plan_memory(model.config, laid.specs, model.plan, model.compute, options);

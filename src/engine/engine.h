@@ -32,6 +32,7 @@ struct RunOptions {
                                // checkpoint says
   std::string indexers;        // an indexer adapter in place of the checkpoint's indexers
   bool force_plan = false;     // accept a plan file or indexers of another model
+  bool dense = false;          // every query selects all that it sees: index_topk is the context
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
   IndexerKeys indexer_keys = IndexerKeys::kAuto;
   bool check_tensors = false;  // refuse a checkpoint with NaN or infinity
