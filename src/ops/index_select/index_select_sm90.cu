@@ -44,13 +44,14 @@ struct Shared {
   alignas(1024) uint8_t keys[2][kStages][kTileBytes];
   alignas(128) float scales[2][kStages][kPageTokens];
   alignas(16) float weights[kColumns];  // halved, see HeadSums
-  alignas(16) KeepBestScratch keep_best[2];
+  KeepBestScratch keep_best;
   float thresholds[kColumns / 16];  // only scores above enter; NaN: all do
   int num_candidates[kColumns / 16];
   int last_positions[kColumns / 16];  // that the query sees
   uint64_t q_full, q_empty;
   uint64_t full[2][kStages], empty[2][kStages];
 };
+static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
 
 struct Params {
   IndexScoreArgs args;
@@ -192,8 +193,8 @@ struct Scorer {
     // NaN counts as -infinity, which is above no threshold that is set.
     if (score != score && threshold == threshold) return;
     const int slot = atomicAdd(&shared.num_candidates[query], 1);
-    Candidate* to = candidates_of<kHeads>(params, query) + slot;
-    *reinterpret_cast<uint2*>(to) = {rank_of_score(score), static_cast<uint32_t>(position)};
+    candidates_of<kHeads>(params, query)[slot] =
+        make_candidate(rank_of_score(score), static_cast<uint32_t>(position));
   }
 
   __device__ __forceinline__ void offer(const float (&products)[kHalf / 2],
@@ -226,10 +227,10 @@ template <int kHeads, bool kAllScores>
 __device__ void math_loop(const Params& params, Shared& shared) {
   using Work = Scorer<kHeads, kAllScores>;
   constexpr int kQueries = kBlockQueries<kHeads>;
-  constexpr int kBothGroups = 1;  // named barriers; 2 and 3 are the warpgroups'
+  constexpr int kBothGroups = 1;  // a named barrier
   const IndexScoreArgs& args = params.args;
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  WarpgroupReduce reduce{&shared.keep_best[group], 2 + group, thread};
+  KeepBest keep{shared.keep_best, kBothGroups, static_cast<int>(threadIdx.x)};
   RingPosition<kStages> at;
   uint32_t q_parity = 0;
 
@@ -313,15 +314,15 @@ __device__ void math_loop(const Params& params, Shared& shared) {
       const bool last = round + 1 == num_rounds;
       if (last && lane == 0) barrier_arrive(&shared.q_empty);
       named_barrier(kBothGroups, 256);
-      for (int query = group; query < kQueries; query += 2) {
+      for (int query = 0; query < kQueries; ++query) {
         const int n = shared.num_candidates[query];
-        Candidate* candidates = candidates_of<kHeads>(params, query);
         // `n` is 0 for rows that take no candidates.
         if (last ? n == 0 : n <= kCandidates - kRoundKeys) continue;
-        int32_t* out =
+        int32_t* positions =
             last ? args.positions + static_cast<int64_t>(block.token + query) * args.k : nullptr;
-        const uint32_t least = keep_best(candidates, n, args.k, out, reduce);
-        if (thread == 0) {
+        const uint32_t least =
+            keep.keep_best(candidates_of<kHeads>(params, query), n, args.k, positions);
+        if (threadIdx.x == 0) {
           shared.num_candidates[query] = args.k;
           shared.thresholds[query] = score_of_rank(least);
         }
