@@ -14,12 +14,12 @@
 #include "base/rng.h"
 #include "device/cpu_features.h"
 #include "ops/gather_rows/gather_rows.h"
-#include "ops/layer_norm/layer_norm.h"
 #include "ops/moe_combine/moe_combine.h"
 #include "ops/rms_norm/rms_norm.h"
 #include "ops/rope/rope.h"
 #include "ops/silu_mul/silu_mul.h"
-#include "ops/store_rows/store_rows.h"
+#include "ops/store_index_key/store_index_key.h"
+#include "ops/store_latent/store_latent.h"
 
 namespace indexcache {
 namespace {
@@ -64,6 +64,11 @@ struct Operands {
     std::iota(pages.begin(), pages.end(), 0);
     seqs = {{0, kRows, 0, pages.data()}};
   }
+
+  PagedRows cached() {
+    return {DType::kBF16, kElements, kPageTokens * kElements * 2,
+            reinterpret_cast<uint8_t*>(cache.data()), kRows / kPageTokens};
+  }
 };
 
 struct Case {
@@ -77,11 +82,6 @@ const std::vector<Case>& cases() {
        [](Exec& e, Operands& o) {
          rms_norm(e, {o.a.data(), kElements, o.row.data(), 1e-5f, kRows, kElements, o.y.data(),
                       kElements});
-       }},
-      {"layer_norm",
-       [](Exec& e, Operands& o) {
-         layer_norm(e, {o.a.data(), kElements, o.row.data(), o.row.data(), 1e-6f, kRows, kElements,
-                        o.y.data(), kElements});
        }},
       {"rope",
        [](Exec& e, Operands& o) {
@@ -97,14 +97,32 @@ const std::vector<Case>& cases() {
          gather_rows(e, {DType::kBF16, reinterpret_cast<const uint8_t*>(o.table.data()), kRows,
                          kElements, o.ids.data(), kRows, o.y.data()});
        }},
-      {"store_rows",
+      {"store_latent",
        [](Exec& e, Operands& o) {
-         store_rows(e, {o.a.data(),
-                        kElements,
-                        kRows,
-                        o.seqs,
-                        {DType::kBF16, kElements, kPageTokens * kElements * 2,
-                         reinterpret_cast<uint8_t*>(o.cache.data())}});
+         store_latent(e, {.x = o.a.data(),
+                          .ldx = kElements,
+                          .num_rows = kRows,
+                          .latent_dim = kElements - 64,
+                          .weight = o.row.data(),
+                          .eps = 1e-6f,
+                          .cos = o.angles.data(),
+                          .sin = o.angles.data(),
+                          .seqs = o.seqs,
+                          .rows = o.cached()});
+       }},
+      {"store_index_key",
+       [](Exec& e, Operands& o) {
+         store_index_key(e, {.x = o.a.data(),
+                             .ldx = kElements,
+                             .num_rows = kRows,
+                             .weight = o.row.data(),
+                             .bias = o.row.data(),
+                             .eps = 1e-6f,
+                             .rope_dim = 64,
+                             .cos = o.angles.data(),
+                             .sin = o.angles.data(),
+                             .seqs = o.seqs,
+                             .rows = o.cached()});
        }},
       {"moe_combine",
        [](Exec& e, Operands& o) {

@@ -5,7 +5,6 @@
 #include "base/checked.h"
 #include "ops/gather_rows/gather_rows.h"
 #include "ops/index_select/index_select.h"
-#include "ops/layer_norm/layer_norm.h"
 #include "ops/moe_combine/moe_combine.h"
 #include "ops/moe_group/moe_group.h"
 #include "ops/moe_mlp/moe_mlp.h"
@@ -14,7 +13,8 @@
 #include "ops/rope/rope.h"
 #include "ops/silu_mul/silu_mul.h"
 #include "ops/sparse_mla/sparse_mla.h"
-#include "ops/store_rows/store_rows.h"
+#include "ops/store_index_key/store_index_key.h"
+#include "ops/store_latent/store_latent.h"
 #include "ops/token_nll/token_nll.h"
 
 namespace indexcache {
@@ -125,15 +125,17 @@ void Pass::project_queries_and_latent(const LayerWeights& w, int layer) {
                               product(normed(), w.kv_a_proj_with_mqa, f32(a.kv, row))};
   matmul(exec, {down, model.compute, false});
   norm(a.q_latent, attn.q_lora_rank, w.q_a_layernorm, kLatentNormEps, q_latent());
-  norm(a.kv, row, w.kv_a_layernorm, kLatentNormEps, f32(a.kv, row));
-  const Rows k_pe = f32(a.kv + latent, row);
-  rotate(k_pe, 0, 1, true, k_pe, 0);
-  store_rows(exec, {.x = a.kv,
-                    .ldx = row,
-                    .num_rows = T,
-                    .seqs = a.spans,
-                    .rows = cache.latent(layer),
-                    .device_seqs = a.device_seqs});
+  store_latent(exec, {.x = a.kv,
+                      .ldx = row,
+                      .num_rows = T,
+                      .latent_dim = latent,
+                      .weight = w.kv_a_layernorm.data,
+                      .eps = static_cast<float>(kLatentNormEps),
+                      .cos = a.cos,
+                      .sin = a.sin,
+                      .seqs = a.spans,
+                      .rows = cache.latent(layer),
+                      .device_seqs = a.device_seqs});
 
   const Rows q = either(a.q, heads * attn.qk_head_dim());
   matmul_one(q_latent(), w.q_b_proj, q);
@@ -162,22 +164,19 @@ void Pass::select(const LayerWeights& w, int layer) {
       product(normed(), w.indexer.weights_proj, f32(a.index_weights, heads))};
   matmul(exec, {from_hidden, model.compute, false});
   rotate(q, dim, heads, interleaved, q, dim);
-  layer_norm(exec, {.x = a.index_key,
-                    .ldx = dim,
-                    .weight = w.indexer.k_norm_weight.data,
-                    .bias = w.indexer.k_norm_bias.data,
-                    .eps = kIndexerNormEps,
-                    .num_rows = T,
-                    .row_elements = dim,
-                    .y = a.index_key,
-                    .ldy = dim});
-  rotate(key, 0, 1, interleaved, key, 0);
-  store_rows(exec, {.x = a.index_key,
-                    .ldx = dim,
-                    .num_rows = T,
-                    .seqs = a.spans,
-                    .rows = cache.indexer_keys(layer),
-                    .device_seqs = a.device_seqs});
+  store_index_key(exec, {.x = a.index_key,
+                         .ldx = dim,
+                         .num_rows = T,
+                         .weight = w.indexer.k_norm_weight.data,
+                         .bias = w.indexer.k_norm_bias.data,
+                         .eps = kIndexerNormEps,
+                         .rope_dim = config().attention.qk_rope_head_dim,
+                         .interleaved = interleaved,
+                         .cos = a.cos,
+                         .sin = a.sin,
+                         .seqs = a.spans,
+                         .rows = cache.indexer_keys(layer),
+                         .device_seqs = a.device_seqs});
   index_select(exec, {.q = a.index_q,
                       .weights = a.index_weights,
                       .num_heads = heads,

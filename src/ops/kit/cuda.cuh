@@ -146,23 +146,30 @@ __device__ __forceinline__ BlockScan block_scan(uint32_t value) {
 
 // --- int8 and e4m3 rows, as ops/kit/int8_rows.h and fp8_rows.h make them ---
 
+// The larger of `largest` and what decides the scale of a row with x in it: infinity stands for all
+// that is not finite, because fmaxf would drop a NaN.
+__device__ __forceinline__ float with_magnitude(float largest, float x) {
+  const float size = fabsf(x);
+  return fmaxf(largest, size < -minus_infinity() ? size : -minus_infinity());
+}
+
+__device__ __forceinline__ float scale_for(float largest, float range) {
+  return largest < -minus_infinity() ? largest / range : quiet_nan();
+}
+
 // The scale of a row that the whole block reads, with the largest number of the row becoming
 // `range`; every thread gets it.
 __device__ __forceinline__ float block_row_scale(const float* x, int64_t n, float range) {
   __shared__ float of_warp[kWarpLanes];
   float largest = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const float size = fabsf(x[i]);
-    // Not finite: infinity stands for it, because fmaxf would drop a NaN.
-    largest = fmaxf(largest, size < -minus_infinity() ? size : -minus_infinity());
-  }
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) largest = with_magnitude(largest, x[i]);
   largest = warp_max(largest);
   __syncthreads();  // of an earlier row
   if (threadIdx.x % kWarpLanes == 0) of_warp[threadIdx.x / kWarpLanes] = largest;
   __syncthreads();
   for (unsigned warp = 0; warp < blockDim.x / kWarpLanes; ++warp)
     largest = fmaxf(largest, of_warp[warp]);
-  return largest < -minus_infinity() ? largest / range : quiet_nan();
+  return scale_for(largest, range);
 }
 
 __device__ __forceinline__ int8_t quantised(float x, float scale) {
@@ -200,6 +207,17 @@ __device__ __forceinline__ int find_seq(const SeqSpan* seqs, int num_seqs, int64
     }
   }
   return low;
+}
+
+// The same by a whole warp: one look for 32 runs.
+__device__ __forceinline__ int warp_find_seq(const SeqSpan* seqs, int num_seqs, int64_t token) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  int begun = 0;
+  for (int first = 0; first < num_seqs; first += kWarpLanes) {
+    const bool has = first + lane < num_seqs && seqs[first + lane].token_begin <= token;
+    begun += __popc(__ballot_sync(kAllLanes, has));
+  }
+  return begun - 1;
 }
 
 __device__ __forceinline__ uint8_t* paged_row(const PagedRows& rows, int64_t row_bytes,

@@ -94,9 +94,9 @@ struct Exec {
 
 // What run_op() is called with, for checking names that a user forces.
 inline constexpr const char* kOpNames[] = {
-    "gather_rows", "index_select", "layer_norm",  "matmul",     "matmul_experts",
-    "moe_combine", "moe_down",     "moe_gate_up", "moe_group",  "moe_route",
-    "rms_norm",    "rope",         "silu_mul",    "sparse_mla", "store_rows"};
+    "gather_rows", "index_select", "matmul",     "matmul_experts",  "moe_combine",
+    "moe_down",    "moe_gate_up",  "moe_group",  "moe_route",       "rms_norm",
+    "rope",        "silu_mul",     "sparse_mla", "store_index_key", "store_latent"};
 
 // One implementation of an op. A table lists them best first, `ref`, which is for the CPU, last.
 template <class Args>
