@@ -3,17 +3,12 @@
 // dynamic_shared().
 #pragma once
 
-#ifdef INDEXCACHE_CUDA_EMULATION
-#include "device/cuda_emulation/cuda_emulation.h"
-#else
-#include <cuda_runtime.h>
-#endif
-
 #include <type_traits>
 #include <utility>
 
 #include "base/error.h"
 #include "device/cuda.h"
+#include "device/previous_kernel.cuh"
 
 namespace indexcache {
 
@@ -64,12 +59,9 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
                                     static_cast<int>(shared_bytes)),
                "shared memory of a kernel");
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream_of(stream);
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "starting a kernel");
+  check_cuda(start_kernel(kernel, grid, block, shared_bytes, stream_of(stream),
+                          stream.compute_capability() >= 90, std::forward<Args>(args)...),
+             "starting a kernel");
 }
 
 template <class T>

@@ -7,8 +7,13 @@ std::vector<Gpu> list_gpus(std::string* why) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
-    *why = status != cudaSuccess ? std::string("no usable GPU: ") + cudaGetErrorString(status)
-                                 : "no GPU was found";
+    *why = status == cudaErrorInsufficientDriver
+               ? "found no NVIDIA driver, or one too old for this program's CUDA " +
+                     std::to_string(CUDART_VERSION / 1000) + "." +
+                     std::to_string(CUDART_VERSION % 1000 / 10)
+           : status == cudaSuccess || status == cudaErrorNoDevice
+               ? "found no GPU"
+               : std::string("no usable GPU: ") + cudaGetErrorString(status);
     return {};
   }
   std::vector<Gpu> gpus;

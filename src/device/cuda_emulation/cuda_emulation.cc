@@ -92,6 +92,7 @@ struct Machine {
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
   uint64_t num_blocks = 0;
+  uint64_t num_waited = 0;  // threads that called wait_for_previous()
 };
 
 Machine machine;
@@ -299,6 +300,7 @@ void run(const Launch& launch) {
   machine.launch = &launch;
   // Exactly as much as was asked for, so that a sanitizer sees what is beyond it.
   machine.shared.assign(launch.shared_bytes + 128, kPoison);
+  machine.num_waited = 0;
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
@@ -312,7 +314,11 @@ void run(const Launch& launch) {
     }
   }
   machine.launch = nullptr;
+  if (machine.num_waited != uint64_t{num_threads} * gridDim.x * gridDim.y * gridDim.z)
+    die("a kernel that does not begin with wait_for_previous()");
 }
+
+void note_wait_for_previous() { ++machine.num_waited; }
 
 void check_words(const void* argument, size_t num_bytes) {
   for (size_t at = 0; at + 8 <= num_bytes; at += 8) {

@@ -71,6 +71,9 @@ struct Launch {
 };
 void run(const Launch& launch);
 
+// The kernel that runs has waited for the one before it.
+void note_wait_for_previous();
+
 // Does `work` at once or, while a graph is recorded, whenever it is launched.
 void put_on_stream(std::function<void()> work);
 
@@ -193,7 +196,14 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 // --- runtime -------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100
+};
+inline constexpr int CUDART_VERSION = 13000;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 struct EmulatedStream;

@@ -11,6 +11,7 @@ constexpr unsigned kThreads = 128;
 // One block a row.
 template <DType dtype>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRowsArgs args) {
+  wait_for_previous();
   const int64_t from = args.ids[blockIdx.x] * args.row_elements;
   float* y = args.y + blockIdx.x * args.row_elements;
   for (int64_t i = threadIdx.x; i < args.row_elements; i += kThreads)

@@ -2,6 +2,7 @@
 // is read once (512 bytes) and written once (132).
 #include <cuda_fp8.h>
 
+#include "device/previous_kernel.cuh"
 #include "ops/index_select/index_select_sm90.cuh"
 #include "ops/index_select/scores_sm90.cuh"
 
@@ -35,6 +36,7 @@ __device__ __forceinline__ uint32_t quantise(float4 x, float& scale) {
 __global__ void __launch_bounds__(kThreads)
     quantise_queries_kernel(const float* x, const float* weights, int64_t num_vectors,
                             int num_heads, int padded_heads, uint8_t* q8, float* out_weights) {
+  wait_for_previous();
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (vector >= num_vectors) return;
@@ -55,6 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     store_index_keys_kernel(const float* keys, const SeqSpan* seqs, int num_seqs, int num_tokens,
                             uint8_t* key_base, int64_t page_bytes) {
+  wait_for_previous();
   const int token = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (token >= num_tokens) return;
@@ -76,18 +79,18 @@ cudaError_t quantise_queries(const float* x, const float* weights, int num_token
                              cudaStream_t stream) {
   const int64_t num_vectors = static_cast<int64_t>(num_tokens) * padded_heads;
   if (num_vectors == 0) return cudaSuccess;
-  quantise_queries_kernel<<<static_cast<unsigned>((num_vectors + kWarps - 1) / kWarps), kThreads, 0,
-                            stream>>>(x, weights, num_vectors, num_heads, padded_heads, q8,
-                                      out_weights);
-  return cudaGetLastError();
+  return start_kernel(quantise_queries_kernel,
+                      dim3(static_cast<unsigned>((num_vectors + kWarps - 1) / kWarps)),
+                      dim3(kThreads), 0, stream, true, x, weights, num_vectors, num_heads,
+                      padded_heads, q8, out_weights);
 }
 
 cudaError_t store_index_keys(const float* keys, const SeqSpan* seqs, int num_seqs, int num_tokens,
                              uint8_t* key_base, int64_t page_bytes, cudaStream_t stream) {
   if (num_tokens == 0) return cudaSuccess;
-  store_index_keys_kernel<<<(num_tokens + kWarps - 1) / kWarps, kThreads, 0, stream>>>(
-      keys, seqs, num_seqs, num_tokens, key_base, page_bytes);
-  return cudaGetLastError();
+  return start_kernel(
+      store_index_keys_kernel, dim3(static_cast<unsigned>((num_tokens + kWarps - 1) / kWarps)),
+      dim3(kThreads), 0, stream, true, keys, seqs, num_seqs, num_tokens, key_base, page_bytes);
 }
 
 }  // namespace indexcache::sm90

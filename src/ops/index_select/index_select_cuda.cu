@@ -46,6 +46,7 @@ constexpr unsigned kQuantiseThreads = 128;
 __global__ void __launch_bounds__(kQuantiseThreads)
     quantise_queries(const float* q, const float* weights, int64_t dim, bool fp8, uint8_t* q8,
                      float* weights8) {
+  wait_for_previous();
   const float* row = q + blockIdx.x * dim;
   const float scale = block_row_scale(row, dim, fp8 ? 448 : 127);
   for (int64_t d = threadIdx.x; d < dim; d += kQuantiseThreads) {
@@ -75,6 +76,7 @@ struct Arithmetic<DType::kI8> {
 
 template <DType dtype>
 __global__ void __launch_bounds__(kKeys) score_kernel(Scoring s) {
+  wait_for_previous();
   using Element = typename Arithmetic<dtype>::Element;
   using Sum = typename Arithmetic<dtype>::Sum;
   __shared__ Element keys[kDepth][kKeys + 1];
@@ -159,6 +161,7 @@ constexpr int kMmaThreads = 256, kMmaWarps = kMmaThreads / kWarpLanes, kMmaKeys 
 
 template <int kBlocks>  // of 32 elements: head_dim / 32
 __global__ void __launch_bounds__(kMmaThreads) score_mma_kernel(Scoring s) {
+  wait_for_previous();
   constexpr int kDim = 32 * kBlocks;
   constexpr int kRow = kDim * 2 + 64;  // bytes: two rows of 64 bytes a quarter warp, apart in banks
   uint8_t* query = dynamic_shared<uint8_t>();  // [heads rounded up to 8][kRow]
@@ -274,6 +277,7 @@ struct Selecting {
 };
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(Selecting s) {
+  wait_for_previous();
   __shared__ uint32_t counts[kBins];
   __shared__ uint32_t found_bin, found_above;
   const int thread = threadIdx.x;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "device/previous_kernel.cuh"
 #include "ops/index_select/index_select_sm90.cuh"
 #include "ops/index_select/scores_sm90.cuh"
 #include "ops/kit/sm90_barrier.cuh"
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     score_pages(const __grid_constant__ ScoreParams params,
                 const __grid_constant__ CUtensorMap q_map,
                 const __grid_constant__ CUtensorMap key_map) {
+  wait_for_previous();
   constexpr int kColumns = kHeads * kQueries;
   using Sums = HeadSums<kHeads, kColumns>;
   extern __shared__ uint8_t dynamic_memory[];
@@ -218,8 +220,9 @@ cudaError_t start_scores(const ScoreParams& params, int num_multiprocessors, cud
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes);
   if (status != cudaSuccess) return status;
   // Two blocks fit a multiprocessor, so one's start and end are covered by the other.
-  kernel<<<2 * num_multiprocessors, kScoreThreads, num_bytes, stream>>>(params, q_map, key_map);
-  return cudaGetLastError();
+  return start_kernel(kernel, dim3(static_cast<unsigned>(2 * num_multiprocessors)),
+                      dim3(kScoreThreads), static_cast<size_t>(num_bytes), stream, true, params,
+                      q_map, key_map);
 }
 
 // --- selection ---
@@ -252,6 +255,7 @@ struct SelectParams {
 
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kSelectThreads)
     select_kernel(const SelectParams params) {
+  wait_for_previous();
   __shared__ SelectShared shared;
   extern __shared__ uint32_t kept[];
   const cg::cluster_group cluster = cg::this_cluster();
@@ -439,8 +443,9 @@ cudaError_t select_rows(const float* scores, int64_t scores_stride, const SeqSpa
   if (status != cudaSuccess) return status;
   const SelectParams params = {scores, scores_stride, seqs,      num_seqs,
                                k,      num_kept,      positions, counts};
-  select_kernel<<<num_tokens * kCluster, kSelectThreads, num_kept * 4, stream>>>(params);
-  return cudaGetLastError();
+  return start_kernel(select_kernel, dim3(static_cast<unsigned>(num_tokens * kCluster)),
+                      dim3(kSelectThreads), static_cast<size_t>(num_kept * 4), stream, true,
+                      params);
 }
 
 }  // namespace indexcache::sm90

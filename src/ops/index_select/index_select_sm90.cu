@@ -18,6 +18,7 @@
 // What is left at the end is cut to k, and a second small kernel sorts each row by position.
 #include <algorithm>
 
+#include "device/previous_kernel.cuh"
 #include "ops/index_select/index_select_sm90.cuh"
 #include "ops/index_select/keep_best_sm90.cuh"
 #include "ops/index_select/scores_sm90.cuh"
@@ -337,6 +338,7 @@ __global__ void __launch_bounds__(384, 1)
     score_and_select(const __grid_constant__ Params params,
                      const __grid_constant__ CUtensorMap q_map,
                      const __grid_constant__ CUtensorMap key_map) {
+  wait_for_previous();
   extern __shared__ uint8_t dynamic_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
       dynamic_memory + (1024 - shared_address(dynamic_memory) % 1024) % 1024);
@@ -371,6 +373,7 @@ constexpr int kWindow = 7 << 15;  // positions whose bits are in shared memory a
 // One block a token. A row's positions become bits, which are read back in order. Tokens that see
 // no more than k others get them all.
 __global__ void __launch_bounds__(kSortThreads) sort_rows(const IndexScoreArgs args) {
+  wait_for_previous();
   __shared__ uint32_t bits[kWindow / 32];
   __shared__ int32_t row[kMaxIndexTopK];
   __shared__ int warp_counts[kSortThreads / 32];
@@ -436,8 +439,8 @@ cudaError_t start(const Params& params, const CUtensorMap& q_map, const CUtensor
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes);
   if (status != cudaSuccess) return status;
   const int grid = std::min(params.num_blocks, num_multiprocessors);
-  kernel<<<grid, 384, num_bytes, stream>>>(params, q_map, key_map);
-  return cudaGetLastError();
+  return start_kernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(384),
+                      static_cast<size_t>(num_bytes), stream, true, params, q_map, key_map);
 }
 
 template <int kHeads>
@@ -490,8 +493,8 @@ cudaError_t index_select_prefill(const IndexScoreArgs& args, int num_blocks,
     }
     if (status != cudaSuccess) return status;
   }
-  sort_rows<<<args.num_tokens, kSortThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return start_kernel(sort_rows, dim3(static_cast<unsigned>(args.num_tokens)), dim3(kSortThreads),
+                      0, stream, true, args);
 }
 
 }  // namespace indexcache::sm90

@@ -167,6 +167,7 @@ template <class To>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_input(const float* x, int64_t ldx, int64_t stride, int64_t m, int64_t k, To* to,
                   int64_t ld) {
+  wait_for_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvertThreads + threadIdx.x;
   if (i >= m * ld) return;
   const int64_t row = i / ld, col = i % ld;
@@ -177,6 +178,7 @@ __global__ void __launch_bounds__(kConvertThreads)
 __global__ void __launch_bounds__(kConvertThreads)
     convert_aligned_input(const float* x, int64_t ldx, int64_t stride, int64_t m, int64_t k,
                           uint16_t* to) {
+  wait_for_previous();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kConvertThreads + threadIdx.x) * 8;
   if (i >= m * k) return;
   const float4* from =
@@ -189,6 +191,7 @@ __global__ void __launch_bounds__(kConvertThreads)
 
 template <DType dtype, class To>
 __global__ void __launch_bounds__(kConvertThreads) convert_weight(Weight w, To* to, int64_t ld) {
+  wait_for_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvertThreads + threadIdx.x;
   if (i >= w.rows * ld) return;
   const int64_t row = i / ld, col = i % ld;

@@ -87,6 +87,7 @@ constexpr int kRowChunk = 1024;  // of k, for which x lies in shared memory
 template <DType dtype, int kRows, class Products>
 __global__ void __launch_bounds__(kRowThreads)
     matmul_rows_kernel(Products products, bool round, bool accumulate) {
+  wait_for_previous();
   const CudaTile tile = products.template tile<kRows>();
   const CudaProduct& p = tile.product;
   const int64_t first_row = tile.row;
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kRowThreads)
 template <int kTiles>
 __global__ void __launch_bounds__(kNarrowThreads)
     matmul_narrow_kernel(ListedProducts products, bool accumulate) {
+  wait_for_previous();
   constexpr int kRows = kTiles * kNarrowTileRows;
   const CudaTile tile = products.tile<kRows>();
   const CudaProduct& p = tile.product;
@@ -155,6 +157,7 @@ struct MmaStage {
 template <DType dtype, class Products>
 __global__ void __launch_bounds__(kMmaThreads)
     matmul_mma_kernel(Products products, bool accumulate) {
+  wait_for_previous();
   const CudaTile tile = products.template tile<kMmaRows>();
   const CudaProduct& p = tile.product;
   const int64_t first_row = tile.row, first_col = static_cast<int64_t>(blockIdx.x) * kMmaCols;
@@ -247,6 +250,7 @@ constexpr int kTileThreads = 256, kTileRows = 64, kTileCols = 64, kTileDepth = 1
 template <DType dtype, class Products>
 __global__ void __launch_bounds__(kTileThreads)
     matmul_f32_kernel(Products products, bool accumulate) {
+  wait_for_previous();
   const CudaTile tile = products.template tile<kTileRows>();
   const CudaProduct& p = tile.product;
   const int64_t first_row = tile.row, first_col = static_cast<int64_t>(blockIdx.x) * kTileCols;

@@ -10,6 +10,7 @@ constexpr unsigned kThreads = 128;
 
 // One block a row.
 __global__ void __launch_bounds__(kThreads) moe_combine_kernel(MoeCombineArgs args) {
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   for (int64_t i = threadIdx.x; i < args.row_elements; i += kThreads) {
     float sum = args.y[row * args.row_elements + i];
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(kThreads) moe_combine_kernel(MoeCombineArgs ar
 
 // The same for aligned rows in bf16, 8 elements a thread.
 __global__ void __launch_bounds__(kThreads) moe_combine_bf16_kernel(MoeCombineArgs args) {
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   for (int64_t i = threadIdx.x * 8; i < args.row_elements; i += kThreads * 8) {
     float4* y = reinterpret_cast<float4*>(args.y + row * args.row_elements + i);

@@ -9,6 +9,7 @@ namespace {
 constexpr int kGroupThreads = 512;
 
 __global__ void __launch_bounds__(kGroupThreads) moe_group_kernel(MoeGroupArgs args) {
+  wait_for_previous();
   const int32_t pairs = static_cast<int32_t>(args.num_tokens * args.num_experts_per_tok);
   const int32_t expert = static_cast<int32_t>(blockIdx.x);
   uint32_t lower = 0;

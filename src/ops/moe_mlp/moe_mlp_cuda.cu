@@ -22,6 +22,7 @@ struct Products {
 
 template <int kTiles, int kMatrices>
 __global__ void __launch_bounds__(kNarrowThreads) moe_narrow_kernel(Products p) {
+  wait_for_previous();
   const ExpertTile tile =
       find_expert_tile(p.row_begin, p.num_experts, kTiles * kNarrowTileRows, blockIdx.y);
   if (tile.expert < 0) return;

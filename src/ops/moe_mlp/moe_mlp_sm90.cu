@@ -7,6 +7,7 @@
 // multiplies what comes next in x and drops it; a warpgroup without rows multiplies nothing.
 #include <algorithm>
 
+#include "device/previous_kernel.cuh"
 #include "ops/kit/expert_tiles.cuh"
 #include "ops/kit/silu.cuh"
 #include "ops/kit/sm90_tma.cuh"
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         const __grid_constant__ CUtensorMap x_map,
                         const __grid_constant__ CUtensorMap w_map,
                         const __grid_constant__ CUtensorMap up_map) {
+  wait_for_previous();
   extern __shared__ __align__(1024) unsigned char moe_shared[];
   Shared& shared =
       *reinterpret_cast<Shared*>(moe_shared + (1024 - shared_address(moe_shared) % 1024) % 1024);
@@ -210,6 +212,7 @@ constexpr unsigned kGatherThreads = 128;
 
 __global__ void __launch_bounds__(kGatherThreads)
     gather_bf16_rows_kernel(const uint16_t* x, const int32_t* ids, int64_t k, uint16_t* y) {
+  wait_for_previous();
   const uint4* from = reinterpret_cast<const uint4*>(x + ids[blockIdx.x] * k);
   uint4* to = reinterpret_cast<uint4*>(y + blockIdx.x * k);
   for (int64_t i = threadIdx.x; i < k / 8; i += kGatherThreads) to[i] = from[i];
@@ -251,17 +254,16 @@ cudaError_t moe_products_sm90(const MoeProductsSm90& args, int num_multiprocesso
   const int64_t most_tiles =
       std::min(args.num_rows, args.num_rows / kTileRows + args.num_experts) * params.col_tiles;
   const int grid = static_cast<int>(std::min<int64_t>(most_tiles, num_multiprocessors));
-  kernel<<<static_cast<unsigned>(grid), kThreads, static_cast<size_t>(shared_bytes), stream>>>(
-      params, x_map, w_map, up_map);
-  return cudaGetLastError();
+  return start_kernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(kThreads),
+                      static_cast<size_t>(shared_bytes), stream, true, params, x_map, w_map,
+                      up_map);
 }
 
 cudaError_t gather_bf16_rows(const uint16_t* x, const int32_t* ids, int64_t num_rows, int64_t k,
                              uint16_t* y, cudaStream_t stream) {
   if (num_rows == 0) return cudaSuccess;
-  gather_bf16_rows_kernel<<<static_cast<unsigned>(num_rows), kGatherThreads, 0, stream>>>(x, ids, k,
-                                                                                          y);
-  return cudaGetLastError();
+  return start_kernel(gather_bf16_rows_kernel, dim3(static_cast<unsigned>(num_rows)),
+                      dim3(kGatherThreads), 0, stream, true, x, ids, k, y);
 }
 
 }  // namespace indexcache::sm90

@@ -31,6 +31,7 @@ __device__ __forceinline__ int best_of(const float* score, const uint8_t* taken,
 // One warp a token. Of each warp in shared memory: s and choice of the experts, scores of the
 // groups, and which experts and groups are taken.
 __global__ void __launch_bounds__(kRouteWarps* kWarpLanes) moe_route_kernel(MoeRouteArgs args) {
+  wait_for_previous();
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int num_experts = static_cast<int>(args.n_routed_experts),
             num_groups = static_cast<int>(args.n_group), group_experts = num_experts / num_groups,

@@ -21,6 +21,7 @@ __device__ __forceinline__ float scale_of(float squares, const RmsNormArgs& args
 
 // One block a row. Every element is read and written by one thread, so y may be x.
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormArgs args) {
+  wait_for_previous();
   const float* x = args.x + blockIdx.x * args.ldx;
   float squares = 0;
   for (int64_t i = threadIdx.x; i < args.row_elements; i += kThreads) squares += x[i] * x[i];
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormArgs args) {
 
 // The same for aligned rows of at most 4 kHeld kThreads elements, which are read once.
 __global__ void __launch_bounds__(kThreads) rms_norm_held_kernel(RmsNormArgs args) {
+  wait_for_previous();
   const float4* x = reinterpret_cast<const float4*>(args.x + blockIdx.x * args.ldx);
   const float4* weight = reinterpret_cast<const float4*>(args.weight);
   const int quads = static_cast<int>(args.row_elements / 4);

@@ -10,6 +10,7 @@ constexpr unsigned kThreads = 256;
 
 // One thread a pair.
 __global__ void __launch_bounds__(kThreads) rope_kernel(RopeArgs args) {
+  wait_for_previous();
   const int64_t half = args.rope_dim / 2;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (pair >= args.num_rows * args.num_heads * half) return;

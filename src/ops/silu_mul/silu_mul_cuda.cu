@@ -9,6 +9,7 @@ namespace {
 constexpr unsigned kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulArgs args) {
+  wait_for_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= args.num_rows * args.row_elements) return;
   args.y[i] = silu(args.gate[i]) * args.up[i];

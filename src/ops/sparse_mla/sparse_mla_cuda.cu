@@ -52,6 +52,7 @@ __device__ __forceinline__ float of_16_lanes_sum(float value) {
 
 template <DType dtype>
 __global__ void __launch_bounds__(kThreads) attend_kernel(Attention a) {
+  wait_for_previous();
   const int64_t token = blockIdx.x / a.num_parts, part = blockIdx.x % a.num_parts;
   const int64_t first_head = static_cast<int64_t>(blockIdx.y) * kHeads,
                 first_value = static_cast<int64_t>(blockIdx.z) * kValues;
@@ -160,6 +161,7 @@ struct MmaShared {
 
 template <int kTiles>  // of 8 columns a warp: value_dim / 64
 __global__ void __launch_bounds__(kThreads, 2) attend_mma_kernel(Attention a) {
+  wait_for_previous();
   const int64_t token = blockIdx.x / a.num_parts, part = blockIdx.x % a.num_parts;
   const int first_head = static_cast<int>(blockIdx.y) * kMmaHeads;
   const int64_t count = a.counts[token], begin = part * a.part_rows,
@@ -327,6 +329,7 @@ constexpr int kMergeThreads = 128;
 
 // One block a token and head.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(Attention a) {
+  wait_for_previous();
   const int64_t token = blockIdx.x, head = blockIdx.y, count = a.counts[token];
   const int64_t parts = ceil_div_cuda(count, a.part_rows);
   const int64_t first = token * a.num_parts * a.num_heads + head;

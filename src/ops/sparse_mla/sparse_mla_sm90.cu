@@ -22,6 +22,7 @@
 
 #include <algorithm>
 
+#include "device/previous_kernel.cuh"
 #include "ops/kit/sm90_barrier.cuh"
 #include "ops/kit/sm90_tma.cuh"
 #include "ops/kit/sm90_wgmma.cuh"
@@ -498,6 +499,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
 
 template <int kN, Mode kMode>
 __global__ void __launch_bounds__(384, 1) sparse_mla_kernel(const __grid_constant__ Params params) {
+  wait_for_previous();
   extern __shared__ uint8_t dynamic_memory[];
   auto& shared = *reinterpret_cast<Shared<kN, kMode>*>(
       dynamic_memory + (1024 - shared_address(dynamic_memory) % 1024) % 1024);
@@ -522,6 +524,7 @@ __global__ void __launch_bounds__(384, 1) sparse_mla_kernel(const __grid_constan
 
 // One block for each (token, head), four values a thread.
 __global__ void __launch_bounds__(kLatentDim / 4) merge_parts(const Params params) {
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const float* lse = params.part_lse + row * params.num_parts;
   const float4* parts =
@@ -560,8 +563,9 @@ cudaError_t start(const Params& params, int num_multiprocessors, cudaStream_t st
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<std::min(params.num_items, num_multiprocessors), 384, num_bytes, stream>>>(params);
-  return cudaGetLastError();
+  return start_kernel(kernel,
+                      dim3(static_cast<unsigned>(std::min(params.num_items, num_multiprocessors))),
+                      dim3(384), static_cast<size_t>(num_bytes), stream, true, params);
 }
 
 bool splits_heads(int num_heads) { return num_heads > 32; }
@@ -608,8 +612,8 @@ cudaError_t sparse_mla_sm90(const SparseMlaSm90Args& args, int num_parts, void* 
     status = start<8, Mode::kSplitKeys>(params, num_multiprocessors, stream);
   }
   if (status != cudaSuccess || num_parts == 1) return status;
-  merge_parts<<<args.num_tokens * args.num_heads, kLatentDim / 4, 0, stream>>>(params);
-  return cudaGetLastError();
+  return start_kernel(merge_parts, dim3(static_cast<unsigned>(args.num_tokens * args.num_heads)),
+                      dim3(kLatentDim / 4), 0, stream, true, params);
 }
 
 }  // namespace indexcache::sm90

@@ -25,6 +25,7 @@ struct Store {
 // One warp a row, which is read once: kBlocks times 128 elements hold it.
 template <DType dtype, int kBlocks>
 __global__ void __launch_bounds__(kRowWarps* kWarpLanes) store_index_key_kernel(Store store) {
+  wait_for_previous();
   __shared__ float rows[kRowWarps][kBlocks * kWarpElements];
   const int64_t token = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarpLanes;
   if (token >= store.num_rows) return;

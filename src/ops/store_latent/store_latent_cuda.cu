@@ -23,6 +23,7 @@ struct Store {
 // One warp a row, which is read once: kBlocks times 128 elements hold its first part.
 template <DType dtype, int kBlocks>
 __global__ void __launch_bounds__(kRowWarps* kWarpLanes) store_latent_kernel(Store store) {
+  wait_for_previous();
   const int64_t token = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarpLanes;
   if (token >= store.num_rows) return;
   const int lane = threadIdx.x % kWarpLanes, n = store.latent_dim;

@@ -15,6 +15,7 @@ __device__ __forceinline__ double warp_sum_double(double value) {
 
 // One block a row: its largest logit, then the sum, each thread's share in the order of the row.
 __global__ void __launch_bounds__(kThreads) token_nll_kernel(TokenNllArgs args) {
+  wait_for_previous();
   __shared__ float largest_of_warp[kWarpLanes];
   __shared__ double sum_of_warp[kWarpLanes];
   const float* row = args.logits + blockIdx.x * args.vocab_size;
