@@ -83,7 +83,7 @@ std::vector<Case> config_cases() {
        config("index_topk_pattern",
               "\xEF\xBB\xBF"
               "FS"),
-       {"index_topk_pattern", "position 0"}},
+       {"index_topk_pattern", "\\xef\\xbb...", "position 0"}},
       {"39 other type", config("indexer_types", {"full", "none"}), {"indexer_types", "none"}},
       {"40 freq 0", config("index_topk_freq", 0), {"index_topk_freq", "0"}},
       {"40 freq -1", config("index_topk_freq", -1), {"index_topk_freq", "-1"}},
