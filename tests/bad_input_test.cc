@@ -104,6 +104,16 @@ std::vector<Case> checkpoint_cases() {
        header(kEmbedding, "dtype", "I16"),
        {kEmbedding, "I16"},
        Use::kRun},
+      {"15 fp8 where a norm belongs",
+       [](const Model& m) {
+         m.change_header([](Json& h) {
+           h["model.norm.weight"]["dtype"] = "F8_E4M3";
+           h["model.norm.weight"]["shape"] = {1024};
+         });
+       },
+       {"model.norm.weight", "[1024] F8_E4M3", "[256] F32 or F16 or BF16"},
+       Use::kRun,
+       Base::kFp8},
       {"16 scales missing",
        [](const Model& m) {
          m.change_header([](Json& h) {
@@ -164,6 +174,13 @@ std::vector<Case> checkpoint_cases() {
        {"LFS"}},
       {"18 gguf", file(kWeights, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0"), {"GGUF"}},
       {"18 zip", file(kWeights, "PK\3\4aaaaaaaaaaaaaaaaaaaaaaaaa"), {kWeights, "zip"}},
+      {"18 pickle", file(kWeights, std::string("\x80\x02}q\0\0\0\0", 8) + "aaaa"), {"pickle"}},
+      {"18 only a pickle",
+       [](const Model& m) {
+         m.remove(kWeights);
+         m.write("pytorch_model.bin", "PK\3\4aaaaaaaaaaaaaaaaaaaaaaaaa");
+       },
+       {"no checkpoint", "pytorch_model.bin (a zip archive"}},
       {"18 html", file(kWeights, "<!DOCTYPE html><html>404</html>"), {"HTML"}},
       {"21 layers 10^9",
        config("num_hidden_layers", 1000000000),

@@ -54,7 +54,8 @@ std::string Cli::model_;
 
 TEST_F(Cli, HelpAndVersion) {
   EXPECT_TRUE(output({"--version"}).starts_with("indexcache "));
-  for (const char* command : {"run", "bench", "logits", "inspect", "export", "synth"}) {
+  for (const char* command : {"run", "serve", "bench", "logits", "inspect", "export", "search",
+                              "overlap", "eval", "report", "synth", "train"}) {
     const std::string help = output({command, "--help"});
     EXPECT_NE(help.find("Example: indexcache " + std::string(command)), std::string::npos) << help;
   }
@@ -224,6 +225,11 @@ TEST_F(Cli, WrongUseIsTwo) {
       {"run", "-m", model_, "--bogus"},
       {"run", "-m", model_, "-p", "x", "-n", "many"},
       {"run", "-m", model_, "-p", "x", "-n", "-1"},
+      {"run", "-m", model_, "-p", "x", "-n", "010"},
+      {"run", "-m", model_, "-p", "x", "-n", "0x10"},
+      {"run", "-m", model_, "-p", "x", "-c", "99999999999999999999"},
+      {"run", "-m", model_, "-p", "x", "--seed", "-1"},
+      {"run", "-m", model_, "-p", "x", "--seed", "18446744073709551616"},
       {"run", "-m", model_, "-p", "x", "-t", "-1"},
       {"run", "-m", model_, "-p", "x", "-b", "0"},
       {"run", "-m", model_, "-p", "x", "-f", "y"},
@@ -261,6 +267,8 @@ TEST_F(Cli, FailuresAreOneLineAndOne) {
       {{"run", "-m", "/no/such/model", "-p", "x"}, "/no/such/model"},
       {{"run", "-m", model_, "-p", ""}, "prompt"},
       {{"run", "-m", model_, "-f", "/no/such/prompt"}, "/no/such/prompt"},
+      {{"run", "-m", model_, "-f", ""}, "cannot open"},
+      {{"run", "-m", model_, "-f", "/dev/zero"}, "not a regular file"},
       {{"run", "-m", model_, "-p", "x", "--temp", "-1"}, "temperature"},
       {{"run", "-m", model_, "-p", "x", "--top-p", "2"}, "top"},
       {{"run", "-m", model_, "-p", "x", "--temp", "nan"}, "temperature"},
@@ -270,6 +278,11 @@ TEST_F(Cli, FailuresAreOneLineAndOne) {
       {{"run", "-m", model_, "-p", "x", "--force", "matmul=fast"}, "matmul"},
       {{"logits", "-m", model_, "--tokens", ids, "-o", "/no/such/folder/out"}, "/no/such/folder"},
       {{"logits", "-m", model_, "--tokens", ids, "-o", model_}, "regular file"},
+      {{"logits", "-m", model_, "--tokens", ids, "-o", ids}, "another file"},
+      // Said before the work, here before the model is opened.
+      {{"logits", "-m", "/no/model", "--tokens", ids, "-o", "/no/such/folder/out"}, "/no/such/fol"},
+      {{"bench", "-m", "/no/model", "-o", "/no/such/folder/out"}, "/no/such/folder"},
+      {{"bench", "-m", "/no/model", "--ops-output", "/no/such/folder/out"}, "/no/such/folder"},
       {{"bench", "-m", model_, "--contexts", "200000", "--plans", "FS"}, "131072"},
       {{"synth", "giant", "-o", *folder_ / "giant"}, "giant"},
       {{"synth", "tiny", "-o", "/proc/nowhere"}, "/proc/nowhere"},

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "device/cpu_features.h"
@@ -340,6 +341,24 @@ TEST_P(Equivalence, TokensOutsideTheVocabularyAreRefusedAndNothingIsLost) {
   all.push_back(5);
   prefill(engine, other, all, &alone);
   EXPECT_LE(relative_error(after, alone), 2e-5);
+}
+
+TEST_P(Equivalence, AStopInThePromptIsCountedAsFarAsItCame) {
+  const ModelSource source = small_source();
+  RunOptions options = small_options();
+  options.batch_tokens = 32;
+  Engine engine(source, options);
+  std::atomic<bool> stop{false};
+  GenerateOptions generation;
+  generation.stop = &stop;
+  generation.on_prefill = [&](int64_t done, int64_t) { stop = done >= 64; };
+  SequenceCache sequence;
+  const GenerateResult result = generate(engine, sequence, random_tokens(15), generation);
+  EXPECT_EQ(result.finish, GenerateResult::Finish::kInterrupted);
+  EXPECT_EQ(result.prompt_tokens, kTokens);
+  EXPECT_EQ(result.prefill_tokens, 64);
+  EXPECT_EQ(sequence.num_tokens, 64);
+  EXPECT_TRUE(result.tokens.empty());
 }
 
 }  // namespace

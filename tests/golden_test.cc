@@ -143,6 +143,39 @@ TEST_P(GoldenTest, MatchesTransformers) {
   }
 }
 
+// The prompt in prefill, its last token in decode, and its first half, all in one pass: each row is
+// the one that transformers computed for the prompt alone.
+TEST_P(GoldenTest, BatchedTogetherMatches) {
+  const Golden golden(folder_);
+  const std::vector<int32_t> tokens = golden.integers("input_ids");
+  const std::span<const int32_t> all(tokens);
+  const int64_t S = std::ssize(tokens), half = S / 2;
+  source_ = open_model(folder_);
+  Engine e(source_, {.device = device(),
+                     .context = 1024,
+                     .cache_tokens = 2048,
+                     .batch_tokens = 1024,
+                     .compute = ComputeChoice::kF32});
+  SequenceCache whole, decoding, shorter;
+  prefill(e, decoding, all.first(tokens.size() - 1), nullptr);
+  ASSERT_TRUE(e.cache.reserve(decoding, S));
+  ASSERT_TRUE(e.cache.reserve(whole, S));
+  ASSERT_TRUE(e.cache.reserve(shorter, half));
+  std::vector<BatchSequence> batch = {{&whole, all, S},
+                                      {&decoding, all.last(1), 1},
+                                      {&shorter, all.first(static_cast<size_t>(half)), half}};
+  const auto vocab = static_cast<size_t>(e.model.config.vocab_size);
+  std::vector<float> logits(static_cast<size_t>(S + 1 + half) * vocab);
+  forward(e.exec, e.model, e.cache, e.activations, batch, logits.data());
+
+  const std::vector<float> expected = golden.floats("logits");
+  const std::span<const float> want(expected), got(logits);
+  const size_t rows = tokens.size() * vocab, half_rows = static_cast<size_t>(half) * vocab;
+  EXPECT_LE(relative_error(got.first(rows), want), kTolerance);
+  EXPECT_LE(relative_error(got.subspan(rows, vocab), want.last(vocab)), kTolerance);
+  EXPECT_LE(relative_error(got.last(half_rows), want.first(half_rows)), kTolerance);
+}
+
 TEST_P(GoldenTest, GreedyTokensAndLossMatch) {
   const Golden golden(folder_);
   const std::vector<int32_t> tokens = golden.integers("input_ids"),

@@ -89,4 +89,6 @@ void write_text_file(const std::string& path, std::string_view text) {
   file.commit();
 }
 
+void check_can_write(const std::string& path) { AtomicFile probe(path); }
+
 }  // namespace indexcache

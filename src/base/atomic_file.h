@@ -34,4 +34,7 @@ class AtomicFile {
 
 void write_text_file(const std::string& path, std::string_view text);
 
+// Error if a file could not be written there: said before the work whose result is to go there.
+void check_can_write(const std::string& path);
+
 }  // namespace indexcache

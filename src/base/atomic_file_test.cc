@@ -86,6 +86,17 @@ TEST_F(AtomicFileTest, RefusesWhatCannotBeWritten) {
   EXPECT_EQ(num_files(), 1u);
 }
 
+TEST_F(AtomicFileTest, SaysBeforehandWhatCannotBeWritten) {
+  EXPECT_THROW(check_can_write(folder_ + "/none/file"), Error);
+  EXPECT_THROW(check_can_write(folder_), Error);
+  check_can_write(path_);
+  EXPECT_EQ(num_files(), 0u);
+  write_text_file(path_, "old");
+  check_can_write(path_);
+  EXPECT_EQ(read_text_file(path_), "old");
+  EXPECT_EQ(num_files(), 1u);
+}
+
 // A full disk, played by the limit on a file's size.
 TEST_F(AtomicFileTest, AFullDiskLeavesTheOldFile) {
   write_text_file(path_, "old");

@@ -28,7 +28,10 @@ TEST(Printable, EscapesWhatCouldDriveATerminal) {
       {"\xC0\xAF", "\\xc0\\xaf"},           // overlong
       {"\xED\xA0\x80", "\\xed\\xa0\\x80"},  // surrogate
       {"\xF4\x90\x80\x80", "\\xf4\\x90\\x80\\x80"},
-      {"\xE2\x82", "\\xe2\\x82"},  // cut short
+      {"\xE2\x82", "\\xe2\\x82"},                                      // cut short
+      {"\xEF\xBB\xBFx", "\\xef\\xbb\\xbfx"},                           // byte order mark
+      {"a\xE2\x80\xAEz", "a\\xe2\\x80\\xaez"},                         // right to left from here
+      {"\xE2\x80\x8B\xE2\x81\xA0", "\\xe2\\x80\\x8b\\xe2\\x81\\xa0"},  // no width
       {std::string("a\0b", 3), "a\\x00b"},
   };
   for (const auto& [text, want] : cases) EXPECT_EQ(printable(text), want);

@@ -35,6 +35,18 @@ size_t utf8_length(std::string_view s) {
   return 0;
 }
 
+// Marks without a shape: a byte order mark, characters without width, changes of direction. A
+// message that shows them shows something else than what was found.
+bool is_invisible(std::string_view character) {
+  if (character.size() != 3) return false;
+  const std::string_view lead = character.substr(0, 2);
+  const auto last = static_cast<unsigned char>(character[2]);
+  return character == "\xEF\xBB\xBF" ||
+         (lead == "\xE2\x80" &&
+          ((last >= 0x8B && last <= 0x8F) || (last >= 0xA8 && last <= 0xAE))) ||
+         (lead == "\xE2\x81" && last >= 0xA0 && last <= 0xAF);
+}
+
 }  // namespace
 
 std::string printable(std::string_view untrusted, size_t max_bytes) {
@@ -46,7 +58,7 @@ std::string printable(std::string_view untrusted, size_t max_bytes) {
     // C1 controls (U+0080..U+009F, lead byte C2) can drive a terminal as well as C0 can.
     const bool control = c < 0x20 || c == 0x7F ||
                          (n == 2 && c == 0xC2 && static_cast<unsigned char>(untrusted[1]) < 0xA0);
-    if (n == 0 || control) {
+    if (n == 0 || control || is_invisible(untrusted.substr(0, n))) {
       out += fmt::format("\\x{:02x}", c);
       untrusted.remove_prefix(1);
     } else {

@@ -29,8 +29,8 @@ template <class... Args>
 [[noreturn]] void check_failed(const char* file, int line, const char* expression,
                                const std::string& values);
 
-// Text from outside as it may be printed: control bytes and invalid UTF-8 escaped, cut at
-// `max_bytes`.
+// Text from outside as it may be printed: control bytes, invisible marks and invalid UTF-8 are
+// escaped; cut at `max_bytes`.
 std::string printable(std::string_view untrusted, size_t max_bytes = 120);
 
 }  // namespace indexcache

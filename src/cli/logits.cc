@@ -2,10 +2,13 @@
 // (docs/architecture.md, "logits").
 
 #include <cstring>
+#include <filesystem>
 #include <memory>
 
+#include "base/atomic_file.h"
 #include "base/log.h"
 #include "base/progress.h"
+#include "base/units.h"
 #include "checkpoint/safetensors_writer.h"
 #include "cli/options.h"
 
@@ -19,13 +22,33 @@ struct LogitsFlags {
   int64_t greedy = 0;
 };
 
+// What the file will hold is held in memory until it is written.
+void check_room_for_output(const Model& model, int64_t S) {
+  const ModelConfig& config = model.config;
+  const int64_t values = S * config.vocab_size +
+                         S * config.hidden_size * (config.num_hidden_layers + 1) +
+                         S * config.indexer.index_topk * model.plan.num_full();
+  const uint64_t bytes = static_cast<uint64_t>(values) * sizeof(float);
+  const uint64_t available = available_memory_bytes();
+  if (available == 0 || bytes <= available) return;
+  fail(
+      "logits, hidden states and selections of {} tokens take {}, found {} available; give fewer "
+      "tokens",
+      S, format_bytes(bytes), format_bytes(available));
+}
+
 int logits(const LogitsFlags& flags) {
   RunOptions options = run_options(flags.common);
   const std::vector<int32_t> tokens = load_token_ids(flags.token_file);
+  check_can_write(flags.output);
+  std::error_code ignored;
+  if (std::filesystem::equivalent(flags.output, flags.token_file, ignored))
+    fail("{}: is the file of token ids, expected another file to write", printable(flags.output));
   const ModelSource source = open_model(flags.common.model);
   const int64_t S = static_cast<int64_t>(tokens.size());
   if (options.context == 0) options.context = S + flags.greedy;
   Engine engine(source, options);
+  check_room_for_output(engine.model, S);
   const ModelConfig& config = engine.model.config;
   const int64_t V = config.vocab_size, H = config.hidden_size, k = config.indexer.index_topk;
   const int num_layers = static_cast<int>(config.num_hidden_layers);

@@ -1,5 +1,7 @@
 #include "cli/report.h"
 
+#include <algorithm>
+
 #include "base/checked.h"
 #include "base/log.h"
 
@@ -9,6 +11,20 @@ namespace {
 
 double per_second(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
 double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+// Of mapped weights only what was touched is in memory.
+std::string memory_line(const Engine& engine, int64_t num_tokens) {
+  const uint64_t peak = peak_rss_bytes();
+  if (engine.exec.device != Device::kCpu)
+    return fmt::format("peak RSS {} beside what the GPU holds", format_bytes(peak));
+  const uint64_t cache = static_cast<uint64_t>(engine.memory.cache_bytes_per_token *
+                                               round_up(num_tokens, kPageTokens));
+  const uint64_t weights = std::min(engine.memory.weights_bytes, file_rss_bytes());
+  const uint64_t known = weights + cache;
+  return fmt::format("peak RSS {} = weights {} + cache {} + {} other", format_bytes(peak),
+                     format_bytes(weights), format_bytes(cache),
+                     format_bytes(peak > known ? peak - known : 0));
+}
 
 }  // namespace
 
@@ -43,24 +59,16 @@ void print_engine(const Engine& engine) {
       engine.exec.pool.num_threads());
 }
 
-std::string memory_line(const Engine& engine, int64_t num_tokens) {
-  const uint64_t peak = peak_rss_bytes();
-  const uint64_t cache = static_cast<uint64_t>(engine.memory.cache_bytes_per_token *
-                                               round_up(num_tokens, kPageTokens));
-  const uint64_t weights = engine.memory.weights_bytes;
-  const uint64_t known = weights + cache;
-  return fmt::format("peak RSS {} = weights {} + cache {} + {} other", format_bytes(peak),
-                     format_bytes(weights), format_bytes(cache),
-                     format_bytes(peak > known ? peak - known : 0));
-}
-
-void print_generation(const Engine& engine, const GenerateResult& result) {
-  const double prompt = static_cast<double>(result.prompt_tokens);
+void print_generation(const Engine& engine, const GenerateResult& result, int64_t cached_tokens) {
   const double decoded = static_cast<double>(result.tokens.size());
   const double steps = decoded > 0 ? decoded - 1 : 0;
-  info("prefill: {} tokens in {} ({:.1f} tokens/s), indexer {:.1f}% of the time",
-       result.prompt_tokens, format_seconds(result.prefill_seconds),
-       per_second(prompt, result.prefill_seconds),
+  const std::string prefilled =
+      result.prefill_tokens == result.prompt_tokens
+          ? fmt::format("{}", result.prompt_tokens)
+          : fmt::format("{} of {}", result.prefill_tokens, result.prompt_tokens);
+  info("prefill: {} tokens in {} ({:.1f} tokens/s), indexer {:.1f}% of the time", prefilled,
+       format_seconds(result.prefill_seconds),
+       per_second(static_cast<double>(result.prefill_tokens), result.prefill_seconds),
        100 * share(result.prefill_times.indexer, result.prefill_times.total()));
   if (steps > 0) {
     info("decode: {} tokens in {} ({:.1f} tokens/s), indexer {:.1f}% of the time",
@@ -73,13 +81,12 @@ void print_generation(const Engine& engine, const GenerateResult& result) {
       info("stopped by Ctrl-C");
       break;
     case GenerateResult::Finish::kContextFull:
-      info("stopped: the context is full; -c/--ctx makes room");
+      info("stopped: the context of {} tokens is full", engine.memory.context);
       break;
     default:
       break;
   }
-  info("{}",
-       memory_line(engine, result.prompt_tokens + static_cast<int64_t>(result.tokens.size())));
+  info("{}", memory_line(engine, cached_tokens));
 }
 
 Json generation_json(const Engine& engine, const GenerateResult& result) {
@@ -89,6 +96,7 @@ Json generation_json(const Engine& engine, const GenerateResult& result) {
       {"finish_reason", finish[static_cast<int>(result.finish)]},
       {"plan", to_string(engine.model.plan)},
       {"prompt_tokens", result.prompt_tokens},
+      {"prefill_tokens", result.prefill_tokens},
       {"prefill_s", result.prefill_seconds},
       {"decode_s", result.decode_seconds},
       {"prefill_indexer_share", share(result.prefill_times.indexer, result.prefill_times.total())},

@@ -5,7 +5,6 @@
 
 #include <cstdio>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <optional>
 
@@ -22,7 +21,7 @@ namespace {
 
 struct RunFlags {
   CommonFlags common;
-  std::string prompt, prompt_file, token_file;
+  std::optional<std::string> prompt, prompt_file, token_file;
   int64_t num_tokens = 128;
   SamplingParams sampling;
   bool ignore_eos = false, json = false;
@@ -73,7 +72,15 @@ GenerateResult answer(Engine& engine, SequenceCache& sequence, const Tokenizer* 
 }
 
 std::string read_all_stdin() {
-  return std::string(std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>());
+  constexpr size_t kMaxBytes = 256u << 20;  // as of a file
+  std::string text;
+  char part[1 << 16];
+  while (const size_t n = std::fread(part, 1, sizeof(part), stdin)) {
+    text.append(part, n);
+    if (text.size() > kMaxBytes)
+      fail("the standard input has over {} bytes, expected a prompt of at most that", kMaxBytes);
+  }
+  return text;
 }
 
 // Lines from the terminal, each continuing the same context, until the input ends.
@@ -85,7 +92,8 @@ void converse(Engine& engine, const Tokenizer& tokenizer, const RunFlags& flags)
     stop_requested = false;
     const std::vector<int32_t> prompt = tokenizer.encode(line, sequence.num_tokens == 0, true);
     if (prompt.empty()) continue;
-    print_generation(engine, answer(engine, sequence, &tokenizer, prompt, flags));
+    const GenerateResult result = answer(engine, sequence, &tokenizer, prompt, flags);
+    print_generation(engine, result, sequence.num_tokens);
   }
 }
 
@@ -95,16 +103,16 @@ int run(const RunFlags& flags) {
   const ModelSource source = open_model(flags.common.model);
   std::optional<Tokenizer> tokenizer;
   std::vector<int32_t> prompt;
-  const bool interactive = flags.token_file.empty() && flags.prompt_file.empty() &&
-                           flags.prompt.empty() && isatty(STDIN_FILENO);
-  if (!flags.token_file.empty()) {
-    prompt = load_token_ids(flags.token_file);
+  const bool interactive =
+      !flags.token_file && !flags.prompt_file && !flags.prompt && isatty(STDIN_FILENO);
+  if (flags.token_file) {
+    prompt = load_token_ids(*flags.token_file);
   } else {
     tokenizer = load_tokenizer(flags.common.model);
     if (!interactive) {
-      const std::string text = !flags.prompt_file.empty() ? read_text_file(flags.prompt_file)
-                               : !flags.prompt.empty()    ? flags.prompt
-                                                          : read_all_stdin();
+      const std::string text = flags.prompt_file ? read_text_file(*flags.prompt_file)
+                               : flags.prompt    ? *flags.prompt
+                                                 : read_all_stdin();
       prompt = tokenizer->encode(text, true, true);
       if (prompt.empty()) fail("the prompt is empty, expected at least one token");
     }
@@ -128,7 +136,7 @@ int run(const RunFlags& flags) {
   SequenceCache sequence;
   const GenerateResult result =
       answer(engine, sequence, tokenizer ? &*tokenizer : nullptr, prompt, flags);
-  print_generation(engine, result);
+  print_generation(engine, result, sequence.num_tokens);
   return result.finish == GenerateResult::Finish::kInterrupted ? 130 : 0;
 }
 

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "base/atomic_file.h"
+#include "base/atomic_folder.h"
 #include "base/log.h"
 #include "base/units.h"
 #include "cli/options.h"
@@ -25,17 +26,18 @@ int synth(const SynthFlags& flags) {
   const DType dtype = shape_dtype(flags.shape);
   uint64_t bytes = 0;
   for (const TensorSpec& spec : checkpoint_specs(config, dtype)) bytes += spec.num_bytes();
+  AtomicFolder out(flags.output);
   std::error_code error;
-  std::filesystem::create_directories(flags.output, error);
-  const auto space = std::filesystem::space(flags.output, error);
+  const auto space = std::filesystem::space(out.temporary_path(), error);
   if (!error && bytes > space.available) {
     fail("{}: the checkpoint needs {}, found {} free", printable(flags.output), format_bytes(bytes),
          format_bytes(space.available));
   }
-  write_text_file(flags.output + "/tokenizer.json",
+  write_text_file(out.temporary_path() + "/tokenizer.json",
                   byte_level_tokenizer_json(static_cast<int>(config.vocab_size)));
   write_synthetic_checkpoint(config, dtype, flags.shape.seed, flags.max_shard_mib << 20,
-                             flags.output);
+                             out.temporary_path());
+  out.commit();
   info("{}: {} with random weights, {}, plan {}, seed {}", flags.output, flags.shape.name,
        format_bytes(bytes), to_string(config.index_plan), flags.shape.seed);
   return 0;

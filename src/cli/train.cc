@@ -1,6 +1,7 @@
 // indexcache train: hands over to indexcache-train, which is a program of its own so that the
 // engine does not carry libtorch.
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -31,10 +32,18 @@ void become_trainer(const std::vector<std::string>& arguments) {
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   execvp(program.c_str(), argv.data());
-  fail(
+  const std::string missing = fmt::format(
       "{}: {}; expected the trainer beside indexcache or in PATH: cmake --preset release "
       "-DINDEXCACHE_TRAIN=ON builds it (needs libtorch)",
       printable(program), std::strerror(errno));
+  if (std::find(arguments.begin(), arguments.end(), "--help") == arguments.end())
+    fail("{}", missing);
+  fmt::print(
+      "Train a model or its indexers: pretrain, warmup, sparse\n"
+      "Example: indexcache train warmup -m models/demo -o run --data text.tokens --plan 1/4 "
+      "--freeze-backbone\n"
+      "Its flags are listed by the program that has them.\n{}\n",
+      missing);
 }
 
 }  // namespace

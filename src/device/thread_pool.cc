@@ -38,18 +38,32 @@ void ThreadPool::run(int64_t num_items, Call call, const void* context) {
   context_ = context;
   num_items_ = num_items;
   next_item_.store(0, std::memory_order_relaxed);
-  num_working_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
+  num_inside_.store(0, std::memory_order_release);
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
   take_items(0);
-  for (int spin = 0; num_working_.load(std::memory_order_acquire) != 0; ++spin) {
+  for (int spin = 0;; ++spin) {
+    int32_t inside = 0;
+    if (num_inside_.compare_exchange_strong(inside, kClosed, std::memory_order_acquire)) return;
     if (spin < kSpins) {
       _mm_pause();
-      continue;
+    } else {
+      num_inside_.wait(inside, std::memory_order_relaxed);
     }
-    const int32_t left = num_working_.load(std::memory_order_acquire);
-    if (left != 0) num_working_.wait(left, std::memory_order_acquire);
   }
+}
+
+bool ThreadPool::enter() {
+  int32_t inside = num_inside_.load(std::memory_order_relaxed);
+  while (inside != kClosed) {
+    if (num_inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire))
+      return true;
+  }
+  return false;
+}
+
+void ThreadPool::leave() {
+  if (num_inside_.fetch_sub(1, std::memory_order_release) == 1) num_inside_.notify_one();
 }
 
 void ThreadPool::take_items(int thread) {
@@ -70,10 +84,11 @@ void ThreadPool::work(int thread) {
         job_.wait(seen, std::memory_order_acquire);
       }
     }
-    ++seen;
+    seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (!enter()) continue;  // the others have done it all
     take_items(thread);
-    if (num_working_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_working_.notify_one();
+    leave();
   }
 }
 

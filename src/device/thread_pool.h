@@ -2,6 +2,10 @@
 // microseconds and then park in the kernel, so that an idle engine costs no CPU and a busy
 // neighbour is not starved.
 //
+// A job is done when its items are: the caller takes items too, and waits only for workers that are
+// inside an item, never for one that has not got a CPU yet. So on a busy machine many threads are
+// not slower than one.
+//
 // Results never depend on which thread takes which item, so a job is deterministic as long as its
 // items are independent; the library keeps to that.
 #pragma once
@@ -43,15 +47,19 @@ class ThreadPool {
   void run(int64_t num_items, Call call, const void* context);
   void work(int thread);
   void take_items(int thread);
+  bool enter();
+  void leave();
 
   std::vector<std::thread> workers_;
   Call call_ = nullptr;
   const void* context_ = nullptr;
   int64_t num_items_ = 0;
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   alignas(64) std::atomic<uint32_t> job_{0};  // grows by one per job; workers wait for it to change
   alignas(64) std::atomic<int64_t> next_item_{0};
-  alignas(64) std::atomic<int32_t> num_working_{0};
+  // Workers inside the job, which alone may read its fields; kClosed when there is none to enter.
+  static constexpr int32_t kClosed = -1;
+  alignas(64) std::atomic<int32_t> num_inside_{kClosed};
 };
 
 // The CPUs that this process may use (its affinity mask), at least 1.

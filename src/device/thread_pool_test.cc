@@ -1,11 +1,13 @@
 #include "device/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <numeric>
 
 #include "base/rng.h"
@@ -84,6 +86,34 @@ TEST(ThreadPool, OnePoolInsideAJobOfAnother) {
     inner.parallel_for(10 * item, [&](int64_t, int) { sum += 1; });
   });
   EXPECT_EQ(sum, 150);
+}
+
+// Workers that every CPU is too busy for: the caller does what they do not. Waiting for each of
+// them in each job took minutes.
+TEST(ThreadPool, WorkersWithoutACpuHoldNothingUp) {
+  std::atomic<bool> stop = false;
+  std::vector<std::thread> busy;
+  for (int i = 0; i < num_usable_cpus(); ++i) {
+    busy.emplace_back([&] {
+      while (!stop) {
+      }
+    });
+  }
+  std::unique_ptr<ThreadPool> pool;
+  std::thread([&] {
+    const sched_param param = {};
+    ASSERT_EQ(sched_setscheduler(0, SCHED_IDLE, &param), 0);  // which its workers inherit
+    pool = std::make_unique<ThreadPool>(3);
+  }).join();
+  std::atomic<int> count = 0;
+  const auto start = std::chrono::steady_clock::now();
+  for (int job = 0; job < 1000; ++job) pool->parallel_for(8, [&](int64_t, int) { ++count; });
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  stop = true;
+  for (std::thread& thread : busy) thread.join();
+  std::printf("1000 jobs beside idle-class workers: %.3f s\n", elapsed.count());
+  EXPECT_EQ(count, 8000);
+  EXPECT_LT(elapsed.count(), 20);
 }
 
 // Eight workers that span 200 ms of idleness would burn 1.6 s of CPU time; parked ones burn nearly

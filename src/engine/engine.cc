@@ -214,10 +214,10 @@ int64_t prefill(Engine& engine, SequenceCache& sequence, std::span<const int32_t
   const int64_t total = static_cast<int64_t>(tokens.size()), vocab = engine.model.config.vocab_size;
   if (sequence.num_tokens + total > engine.memory.context ||
       !engine.cache.reserve(sequence, sequence.num_tokens + total)) {
-    fail(
-        "the input has {} tokens after {} in the context, which holds {}; a larger -c/--ctx makes "
-        "room",
-        total, sequence.num_tokens, engine.memory.context);
+    const bool widest = engine.memory.context == engine.model.config.max_position_embeddings;
+    fail("the input has {} tokens after {} in the context, which holds {}{}", total,
+         sequence.num_tokens, engine.memory.context,
+         widest ? ", the model's max_position_embeddings" : "; a larger -c/--ctx makes room");
   }
   std::vector<float> rows;
   int64_t done = 0;
@@ -253,7 +253,7 @@ GenerateResult generate(Engine& engine, SequenceCache& sequence, std::span<const
   if (options.on_prefill) {
     hooks.progress = [&](int64_t done) { options.on_prefill(done, result.prompt_tokens); };
   }
-  prefill(engine, sequence, prompt, &logits, hooks);
+  result.prefill_tokens = prefill(engine, sequence, prompt, &logits, hooks);
   result.prefill_seconds = monotonic_seconds() - start;
 
   start = monotonic_seconds();

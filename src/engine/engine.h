@@ -140,6 +140,7 @@ struct GenerateOptions {
 struct GenerateResult {
   std::vector<int32_t> tokens;
   int64_t prompt_tokens = 0;
+  int64_t prefill_tokens = 0;  // fewer where Ctrl-C came before the prompt's end
   double prefill_seconds = 0;
   double decode_seconds = 0;                 // of tokens after the first
   ForwardTimes prefill_times, decode_times;  // of decoding the steps that are timed

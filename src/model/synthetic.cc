@@ -230,9 +230,6 @@ Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t
 
 void write_synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed,
                                 uint64_t max_shard_bytes, const std::string& folder) {
-  const std::string config_path = folder + "/config.json";
-  if (std::filesystem::exists(config_path))
-    fail("{}: already there; choose another folder", printable(config_path));
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) fail("{}: cannot create the folder: {}", printable(folder), error.message());
@@ -245,7 +242,7 @@ void write_synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t
                             });
   write_text_file(folder + "/generation_config.json", "{\n  \"do_sample\": false\n}\n");
   // Last, so that a folder with a config.json is a whole checkpoint.
-  write_text_file(config_path, config_json(config).dump(2) + "\n");
+  write_text_file(folder + "/config.json", config_json(config).dump(2) + "\n");
 }
 
 }  // namespace indexcache

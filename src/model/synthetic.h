@@ -46,8 +46,8 @@ Checkpoint synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t
                                 SyntheticKind kind = SyntheticKind::kPlain);
 
 // The checkpoint in the hub's layout: config.json, generation_config.json and sharded safetensors,
-// one tensor in memory at a time. `folder` is created; a config.json that is already there is an
-// Error.
+// one tensor in memory at a time. `folder` is created if it is not there; files of these names are
+// replaced.
 void write_synthetic_checkpoint(const ModelConfig& config, DType dtype, uint64_t seed,
                                 uint64_t max_shard_bytes, const std::string& folder);
 

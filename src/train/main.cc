@@ -162,6 +162,9 @@ int run_program(int argc, char** argv) {
   CLI::App app(
       "indexcache-train: trains DeepSeek-Sparse-Attention models and their indexers, with the "
       "multi-layer loss of IndexCache");
+  app.footer(
+      "Example: indexcache train warmup -m models/demo -o run --data text.tokens --plan 1/4 "
+      "--freeze-backbone");
   app.require_subcommand(1);
   app.set_version_flag("--version", fmt::format("indexcache-train {} (libtorch {})",
                                                 INDEXCACHE_VERSION, TORCH_VERSION));
