@@ -282,6 +282,7 @@ std::string eval_section(const ReportPart& part) {
       by_context[context].first += right;
       by_context[context].second += asked;
     }
+    if (by_context.empty()) continue;
     tasks.push_back(cells);
     Series curve{name, {}, {}};
     for (const auto& [context, score] : by_context)
