@@ -256,6 +256,11 @@ TEST(Report, IsOnePageWithEverySection) {
          {"kl", estimate},
          {"top1_agreement", estimate},
          {"tasks", {{{"task", "single"}, {"context", 512}, {"right", 1}, {"asked", 2}}}}}}}};
+  Json other = eval.at("variants")[0];
+  other["name"] = "no tasks";
+  other["tasks"] = Json::array();
+  Json both = eval;
+  both["variants"].push_back(other);
   const Json bench = {{{"plan", "FSSF"},
                        {"num_full", 2},
                        {"context", 4096},
@@ -264,11 +269,14 @@ TEST(Report, IsOnePageWithEverySection) {
                        {"indexer_share", 0.3}}};
   const std::string page = report_html("A < B", {{"plan", plan_file_of_test()},
                                                  {"overlap", overlap_json(overlap)},
-                                                 {"eval", eval},
+                                                 {"eval", both},
                                                  {"bench", bench}});
-  expect_contains(page, {"<title>A &lt; B</title>", "2 full layers of 4", "+1.000%",
-                         "Overlap of selections", "all &amp; more", "single @512", "1.250",
-                         "indexcache eval &#39;&lt;x&gt;&#39;", "class=\"group\""});
+  expect_contains(
+      page, {"<title>A &lt; B</title>", "2 full layers of 4", "+1.000%", "Overlap of selections",
+             "all &amp; more", "single @512", "1.250", "indexcache eval &#39;&lt;x&gt;&#39;",
+             "class=\"group\"", "all &amp; more @512: 50%"});
+  const std::string tasks = page.substr(page.find("Long-context tasks"));
+  EXPECT_EQ(tasks.find("no tasks"), std::string::npos);
   EXPECT_EQ(page.find("<script"), std::string::npos);
   EXPECT_EQ(page.find("http"), std::string::npos) << "the page asks the network for something";
   EXPECT_EQ(page.find("nan"), std::string::npos);
@@ -296,6 +304,11 @@ TEST(Svg, ChartsOfNothingAreNothing) {
   EXPECT_EQ(line_chart({"x", "y", {{"s", {}}}}), "");
   EXPECT_EQ(heat_map({}), "");
   EXPECT_NE(line_chart({"x", "y", {{"s", {{1, 5}}}}}).find("<circle"), std::string::npos);
+  // Lines of one colour differ in their dashes.
+  EXPECT_EQ(line_chart({"x", "y", std::vector<Series>(6, {"s", {{1, 5}}})}).find(" again\""),
+            std::string::npos);
+  EXPECT_NE(line_chart({"x", "y", std::vector<Series>(7, {"s", {{1, 5}}})}).find("c0 again"),
+            std::string::npos);
 }
 
 }  // namespace

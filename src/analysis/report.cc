@@ -35,11 +35,13 @@ th:first-child, td:first-child { text-align: left; }
 .chart text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 .chart .label { fill: var(--ink); } .grid { stroke: var(--rule); stroke-width: 1; }
 .line { fill: none; stroke-width: 2; stroke: currentColor; } .dot { fill: currentColor; }
+.line.again { stroke-dasharray: 7 5; } .dot.again { fill: var(--ground); stroke: currentColor; stroke-width: 2; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--soft); font-size: 0.9rem;
   align-items: center; } .legend i { display: inline-block; width: 12px; height: 12px;
   border-radius: 50%; background: currentColor; margin-right: 6px; vertical-align: -1px; }
+.legend i.again { background: none; box-sizing: border-box; border: 3px solid; }
 .legend .ramp { width: 120px; border-radius: 3px; margin: 0 -8px;
   background: linear-gradient(90deg, transparent, var(--c0)); border: 1px solid var(--rule); }
 .heat-cell { fill: var(--c0); } .group { fill: none; stroke: var(--c1); stroke-width: 2.5; }
@@ -282,10 +284,14 @@ std::string eval_section(const ReportPart& part) {
       by_context[context].first += right;
       by_context[context].second += asked;
     }
+    if (by_context.empty()) continue;
     tasks.push_back(cells);
     Series curve{name, {}, {}};
-    for (const auto& [context, score] : by_context)
-      curve.points.push_back({static_cast<double>(context), 100 * score.first / score.second});
+    for (const auto& [context, score] : by_context) {
+      const double right = 100 * score.first / score.second;
+      curve.points.push_back({static_cast<double>(context), right});
+      curve.notes.push_back(fmt::format("{} @{}: {:.0f}%", name, context, right));
+    }
     curves.push_back(std::move(curve));
   }
   std::string out = "<h2>What the plans cost</h2>\n" + plan_strip(plans) +
@@ -316,6 +322,7 @@ std::string bench_section(const ReportPart& part) {
     Series& series = prefill[plan];
     series.name = plan;
     series.points.push_back({static_cast<double>(context), row.number("prefill_s")});
+    series.notes.push_back(fmt::format("{} @{}: {:.3f} s", plan, context, row.number("prefill_s")));
   }
   LineChart chart{"context, tokens", "prefill, s", {}};
   for (auto& [plan, series] : prefill) chart.series.push_back(series);

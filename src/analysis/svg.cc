@@ -134,7 +134,8 @@ std::string line_chart(const LineChart& chart) {
   std::string legend;
   for (size_t s = 0; s < chart.series.size(); ++s) {
     const Series& series = chart.series[s];
-    const std::string colour = fmt::format("c{}", s % 6);
+    // Six colours; the second six are dashed and hollow.
+    const std::string colour = fmt::format("c{}{}", s % 6, s / 6 % 2 == 1 ? " again" : "");
     if (series.line) {
       std::string path;
       for (const auto& [x, y] : series.points)

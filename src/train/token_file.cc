@@ -78,8 +78,10 @@ TokenFile TokenFile::open(const std::string& path) {
   std::memcpy(&footer, bytes.data() + bytes.size() - sizeof(footer), sizeof(footer));
   if (footer.vocab_size < 1 || footer.vocab_size > uint64_t{1} << 31 ||
       header.token_bytes != token_bytes_for(footer.vocab_size))
-    fail("{}: {} bytes a token for a vocabulary of {} tokens", path, header.token_bytes,
-         footer.vocab_size);
+    fail(
+        "{}: its end gives a vocabulary of {}, expected 1 to 2^31 ids in the {} bytes a token of "
+        "its beginning: the file is cut off or damaged",
+        path, footer.vocab_size, header.token_bytes);
   if (footer.num_tokens == 0 || footer.num_documents == 0)
     fail("{}: the file holds no documents", path);
   if (footer.num_documents > footer.num_tokens)

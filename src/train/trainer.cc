@@ -374,8 +374,10 @@ double Run::step(Progress& progress) {
     log_.add({step_, tokens_, row_tokens, options_.lr * factor, loss, indexer_loss, gradient_norm,
               rate});
   }
-  progress.update(step_, fmt::format("loss {:.4f}, indexer loss {:.4f}, {:.0f} tokens/s", loss,
-                                     indexer_loss, rate));
+  std::string losses = trains_language_model() ? fmt::format("loss {:.4f}, ", loss) : "";
+  if (options_.stage != Stage::kPretrain)
+    losses += fmt::format("indexer loss {:.4f}, ", indexer_loss);
+  progress.update(step_, fmt::format("{}{:.0f} tokens/s", losses, rate));
   return loss;
 }
 
