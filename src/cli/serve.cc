@@ -143,7 +143,8 @@ int serve(CLI::App* command, ServeFlags& flags) {
                   scheduler.stats().running, scheduler.stats().waiting));
   app.set_draining();
   const bool done = scheduler.drain(flags.drain_timeout);
-  // Answers that are complete still have to reach their clients.
+  // Clients have to hear how their answers ended before their connections do.
+  scheduler.stop();
   server.stop(done ? 5 : 1);
   say("stopped", done ? "all requests were answered" : "some requests were cut off");
   // Who supervises this must hear of a fault, however it was stopped.

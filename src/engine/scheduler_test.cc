@@ -231,6 +231,11 @@ TEST(Scheduler, DrainWaitsAndTheEndIsTold) {
     EXPECT_EQ(scheduler.submit(request_of({1}, 1), refused.on_event(), &refusal), 0u);
     EXPECT_EQ(refusal.kind, Refusal::Kind::kDraining);
     EXPECT_EQ(quick.wait().reason, FinishReason::kLength);
+    scheduler.stop();
+    EXPECT_EQ(slow.so_far().num_finished, 1) << "told before stop() returns";
+    EXPECT_EQ(scheduler.submit(request_of({1}, 1), refused.on_event(), &refusal), 0u);
+    EXPECT_EQ(scheduler.stats().running, 0);
+    scheduler.stop();
   }
   EXPECT_EQ(slow.so_far().num_finished, 1);
   EXPECT_EQ(slow.so_far().reason, FinishReason::kDrained);
