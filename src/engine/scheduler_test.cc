@@ -243,6 +243,22 @@ TEST(Scheduler, DrainWaitsAndTheEndIsTold) {
   EXPECT_EQ(engine.cache.num_free_pages(), engine.cache.shape().num_pages);
 }
 
+TEST(Scheduler, CountsARequestFromTheMomentItComes) {
+  const ModelSource source = small_model("FFSFS");
+  Engine engine(source, scheduler_engine_options());
+  Scheduler scheduler(engine, {});
+  Client client;
+  scheduler.submit(request_of(small_tokens(3, 400), 5), client.on_event(), nullptr);
+  int64_t num_looks = 0;
+  for (;; ++num_looks) {
+    const SchedulerStats stats = scheduler.stats();
+    if (client.so_far().num_prompt_done > 0) break;
+    ASSERT_EQ(stats.running + stats.waiting, 1) << "look " << num_looks;
+  }
+  EXPECT_GT(num_looks, 0);
+  client.wait();
+}
+
 TEST(Scheduler, AnEngineThatFailsServesNobody) {
   const ModelSource source = small_model("FFSFS");
   RunOptions options = scheduler_engine_options();
