@@ -42,6 +42,8 @@ class EchoGenerator : public Generator {
 
   uint64_t submit(GenerationRequest request, Scheduler::OnEvent on_event,
                   Refusal* refusal) override {
+    ++num_submits;
+    const std::lock_guard pass(gate);
     const std::lock_guard lock(mutex_);
     if (draining_) {
       *refusal = {Refusal::Kind::kDraining, "draining", 1};
@@ -104,6 +106,8 @@ class EchoGenerator : public Generator {
 
   std::atomic<int64_t> max_jobs = 256;
   std::atomic<int64_t> step_microseconds = 0;
+  std::atomic<int64_t> num_submits = 0;
+  std::mutex gate;                            // held by a test: submit() waits
   std::atomic<int64_t> until_bad_alloc = -1;  // requests, before one finds no memory
 
  private:
