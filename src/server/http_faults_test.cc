@@ -317,6 +317,33 @@ TEST(HttpServer, HostsOfThisMachineAndAllowedOnes) {
     EXPECT_EQ(status(host), 403) << host;
 }
 
+// Memory does not grow with the number of clients that send large bodies.
+TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
+  AppOptions options;
+  options.limits.body_bytes = 1 << 20;
+  options.limits.bodies_bytes = 2 << 20;
+  TestServer server(options);
+  const std::string before = without_ids(body_of(server.ask(kGood)));
+  const std::string head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n";
+  const std::string whole = R"({"prompt": ")" + std::string((1 << 20) - 14, 'a') + "\"}";
+  ASSERT_EQ(whole.size(), size_t{1} << 20);
+  RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
+  first.send(head + "Content-Length: 1048576\r\n\r\n");
+  EXPECT_EQ(status_of(first.receive()), 100);
+  second.send(head + "Transfer-Encoding: chunked\r\n\r\n");
+  EXPECT_EQ(status_of(second.receive()), 100);
+  third.send(head + "Content-Length: 1048576\r\n\r\n");
+  const std::string refused = third.receive();
+  EXPECT_EQ(status_of(refused), 503) << refused;
+  EXPECT_NE(refused.find("\r\nRetry-After: 1\r\n"), std::string::npos) << refused;
+  EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before) << "small ones still come through";
+  second.close();
+  first.send(whole);
+  EXPECT_EQ(status_of(first.receive(60)), 200);
+  EXPECT_EQ(status_of(server.ask(post("/tokenize", whole), 60)), 200);
+  EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before);
+}
+
 // Bodies of others are read and cut into tokens meanwhile, one after the other.
 TEST(HttpServer, HealthWaitsForNoBody) {
   TestServer server;

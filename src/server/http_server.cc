@@ -26,6 +26,7 @@
 #include <chrono>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "base/log.h"
 #include "server/auth.h"
@@ -53,6 +54,7 @@ using boost::system::error_code;
 constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 // How often a waiting request looks whether its client is still there.
 constexpr auto kPresenceCheck = std::chrono::milliseconds(200);
+constexpr uint64_t kSmallBody = 64 << 10;
 
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
@@ -78,6 +80,30 @@ struct Bell {
   std::atomic<bool> rung{false};
 };
 
+// A part of what all bodies together may take, given back at its end.
+class BodyShare {
+ public:
+  BodyShare(uint64_t& taken, uint64_t most) : taken_(taken), most_(most) {}
+  ~BodyShare() { give_back(); }
+  BodyShare(const BodyShare&) = delete;
+  BodyShare& operator=(const BodyShare&) = delete;
+
+  // One body larger than all may take together comes alone. Small ones do not count, so that
+  // clients who are slow with large ones stop nobody else.
+  bool take(uint64_t bytes) {
+    if (bytes <= kSmallBody) return true;
+    if (taken_ > 0 && taken_ + bytes > most_) return false;
+    taken_ += bytes;
+    mine_ = bytes;
+    return true;
+  }
+  void give_back() { taken_ -= std::exchange(mine_, 0); }
+
+ private:
+  uint64_t& taken_;
+  uint64_t most_, mine_ = 0;
+};
+
 }  // namespace
 
 struct HttpServer::State {
@@ -88,6 +114,7 @@ struct HttpServer::State {
   HttpServerOptions options;
   bool loopback = true;
   std::atomic<int64_t> connections{0}, answering{0};
+  uint64_t bodies_bytes = 0;  // that bodies may take which are here; of the server's thread
   std::atomic<bool> stopping{false};
   asio::io_context io{1};  // its end is the end of the connections, which use what stands above
   tcp::acceptor acceptor;
@@ -392,12 +419,20 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       }
     }
     bool preflight = false;
+    BodyShare share(bodies_bytes, limits().bodies_bytes);
     if (!refused) {
       try {
         check_headers(parser, head);
         preflight = head.request.method == "OPTIONS" && !head.origin.empty() &&
                     !cors_origin(head.origin).empty();
         if (!preflight) app.check_head(head.request);
+        if (!share.take(parser.chunked() ? limits().body_bytes
+                                         : parser.content_length().value_or(0))) {
+          ApiError full(503, "too many large bodies are being read at once", {},
+                        "bodies_too_large");
+          full.retry_after_seconds = 1;
+          throw full;
+        }
       } catch (const ApiError& wrong) {
         refused = wrong;
         // What follows the header is not read, so the connection cannot go on if there is a body.
@@ -472,6 +507,7 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       response = error_response(*refused);
       open = co_await send(stream, head, response, no_note);
     } else if (answer.exchange) {
+      share.give_back();
       open = co_await send_exchange(stream, head, answer, *bell);
     } else {
       open = co_await send(stream, head, answer.response, no_note);

@@ -8,6 +8,8 @@ namespace indexcache {
 struct ServerLimits {
   uint32_t header_bytes = 16 << 10;  // more: 431
   uint64_t body_bytes = 8 << 20;     // more: 413
+  uint64_t bodies_bytes =
+      128 << 20;  // of all over 64 KiB that are being read and parsed; more: 503
   int json_depth = 64;
   double header_seconds = 10;  // from the first byte of a request to the end of its header
   double body_seconds = 30;
