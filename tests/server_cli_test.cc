@@ -1,6 +1,8 @@
 // The life of the real server: configuration, signals, requests that outlive it.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <fstream>
 
@@ -109,18 +111,27 @@ TEST(Serve, DrainsOnSigterm) {
   EXPECT_TRUE(health.empty() || status_of(health) == 503) << health;
 }
 
+// Nobody takes half an answer for a whole one.
 TEST(Serve, CutsOffAfterTheTimeout) {
   Server server({"-m", model_folder(), "-t", "1", "--port", "0", "--drain-timeout", "0"});
   ASSERT_TRUE(server.ready()) << server.log();
-  RawClient client(server.port());
-  client.send(kLong);
-  ASSERT_EQ(status_of(client.receive(30, true)), 200);
+  const std::string endless =
+      R"({"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": true, "n": 8)";
+  RawClient stream(server.port()), whole(server.port());
+  whole.send(post("/v1/completions", endless + "}"));
+  stream.send(post("/v1/completions", endless + R"(, "stream": true})"));
+  ASSERT_EQ(status_of(stream.receive(30, true)), 200);
   server.signal(SIGTERM);
   std::string rest;
-  for (std::string more; !(more = client.receive(30)).empty();) rest += more;
-  const bool complete = rest.find("[DONE]") != std::string::npos;
-  EXPECT_TRUE(complete || rest.find("\"error\"") != std::string::npos) << rest;
+  for (std::string more; !(more = stream.receive(30)).empty();) rest += more;
+  EXPECT_NE(rest.find("\"error\""), std::string::npos) << rest;
+  EXPECT_NE(rest.find("shutting_down"), std::string::npos) << rest;
+  EXPECT_EQ(rest.find("[DONE]"), std::string::npos);
+  EXPECT_EQ(rest.find("\"finish_reason\":\"length\""), std::string::npos);
+  const std::string answer = whole.receive(30);
+  EXPECT_EQ(status_of(answer), 503) << answer;
   EXPECT_EQ(server.exit_code(), 0);
+  EXPECT_NE(server.log().find("some requests were cut off"), std::string::npos) << server.log();
 }
 
 TEST(Serve, SecondSignalEndsAtOnce) {
@@ -146,6 +157,48 @@ TEST(Serve, LogsEscapeAndHidePrompts) {
   EXPECT_TRUE(server.wait_for_log("generated_tokens"));
   EXPECT_EQ(server.log().find("private"), std::string::npos);
   EXPECT_EQ(server.log().find('\x1b'), std::string::npos);
+}
+
+// Asked for, a prompt stays on its line whatever it holds, and so does every other text of a
+// client.
+TEST(Serve, LoggedPromptsForgeNoLine) {
+  for (const char* format : {"text", "json"}) {
+    Server server(
+        {"-m", model_folder(), "-t", "1", "--port", "0", "--log-prompts", "--log-format", format});
+    ASSERT_TRUE(server.ready() || server.wait_for_log("ready")) << server.log();
+    const std::string evil = R"(begin\n2026-01-01T00:00:00.000Z forged\r\u001b[2J\u0000 end)";
+    server.ask(post("/v1/completions", R"({"prompt": ")" + evil +
+                                           R"(", "max_tokens": 1, "user": ")" + evil + R"("})"));
+    server.ask(post("/v1/completions", R"({"prompt": "x", "model": ")" + evil + R"("})"));
+    EXPECT_TRUE(server.wait_for_log(" end")) << server.log();
+    EXPECT_EQ(server.log().find("\n2026-01-01"), std::string::npos) << server.log();
+    for (const char c : server.log())
+      EXPECT_TRUE(c == '\n' || static_cast<uint8_t>(c) >= 0x20) << static_cast<int>(c);
+  }
+}
+
+// Who read the log is gone: the server goes on.
+TEST(Serve, OutlivesTheReaderOfItsLog) {
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+  Server server({"-m", model_folder(), "-t", "1", "--port", "0"}, {},
+                [&] { dup2(ends[1], STDERR_FILENO); });
+  ::close(ends[1]);
+  std::string log;
+  char bytes[4096];
+  for (ssize_t n;
+       log.find("serving ") == std::string::npos && (n = read(ends[0], bytes, 4096)) > 0;)
+    log.append(bytes, static_cast<size_t>(n));
+  ::close(ends[0]);
+  const size_t at = log.find("listening on http://127.0.0.1:");
+  ASSERT_NE(at, std::string::npos) << log;
+  RawClient client(static_cast<uint16_t>(std::stoi(log.substr(at + 30))));
+  for (int i = 0; i < 3; ++i) {
+    client.send(get("/health"));
+    EXPECT_EQ(status_of(client.receive()), 200);
+  }
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0);
 }
 
 }  // namespace

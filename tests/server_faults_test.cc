@@ -198,6 +198,30 @@ TEST(ServeFaults, APoisonedRequestFailsAlone) {
   std::filesystem::remove_all(folder);
 }
 
+// An engine that fails serves nobody any more: it says so and why, and whoever supervises it hears
+// of it when it is stopped.
+TEST(ServeFaults, TheEngineFails) {
+  Server server(with({"--force", "matmul=broken"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+  const std::string stream = server.ask(request_of(tokens_of(1, 40), 5, true));
+  EXPECT_NE(stream.find("engine_fault"), std::string::npos) << stream;
+  EXPECT_EQ(stream.find("[DONE]"), std::string::npos) << stream;
+  for (int i = 0; i < 2; ++i) {
+    const std::string answer = server.ask(kGood);
+    EXPECT_EQ(status_of(answer), 503) << answer;
+    EXPECT_NE(answer.find("engine_fault"), std::string::npos) << answer;
+    const std::string health = server.ask(get("/health"));
+    EXPECT_EQ(status_of(health), 503) << health;
+    EXPECT_NE(health.find("broken"), std::string::npos) << health;
+  }
+  EXPECT_EQ(metric(server, "indexcache_engine_healthy"), 0);
+  EXPECT_EQ(metric(server, "indexcache_cache_free_pages"),
+            metric(server, "indexcache_cache_pages"));
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 1);
+}
+
 TEST(ServeFaults, OutOfDescriptors) {
   Server server(with({"--deterministic"}), {}, [] {
     const rlimit few = {64, 64};

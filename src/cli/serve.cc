@@ -86,6 +86,9 @@ int serve(CLI::App* command, ServeFlags& flags) {
 
   App app(flags.app);
   HttpServer server(app, flags.http);
+  if (!server.is_loopback() && flags.app.api_keys.empty())
+    warn("--host {} without --api-key: everyone who reaches this address may use the server",
+         printable(flags.http.host));
   server.start();
   say("listening", fmt::format("listening on http://{}:{}", flags.http.host, server.port()));
 
@@ -119,6 +122,7 @@ int serve(CLI::App* command, ServeFlags& flags) {
   model->generator = &generator;
   if (std::filesystem::exists(flags.common.model + "/tokenizer.json")) {
     model->tokenizer = load_tokenizer(flags.common.model);
+    model->longest_token = longest_token_bytes(*model->tokenizer);
     model->text = load_text_config(flags.common.model);
   } else {
     warn("{}: no tokenizer.json: only token ids are taken", printable(flags.common.model, 400));
@@ -139,7 +143,8 @@ int serve(CLI::App* command, ServeFlags& flags) {
                   scheduler.stats().running, scheduler.stats().waiting));
   app.set_draining();
   const bool done = scheduler.drain(flags.drain_timeout);
-  // Answers that are complete still have to reach their clients.
+  // Clients have to hear how their answers ended before their connections do.
+  scheduler.stop();
   server.stop(done ? 5 : 1);
   say("stopped", done ? "all requests were answered" : "some requests were cut off");
   // Who supervises this must hear of a fault, however it was stopped.

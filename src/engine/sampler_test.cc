@@ -58,6 +58,25 @@ TEST(Sampler, CutsTheTail) {
   EXPECT_EQ(seen({.min_p = 0.29}), 2) << "0.15 / 0.5 = 0.3";
 }
 
+TEST(Sampler, AtTheEdgesOfItsParameters) {
+  const std::vector<float> logits = {1, 3, 3, 2.9999f}, equal(5, -7.5f), huge = {3e38f, -3e38f, 0};
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    const auto next = [&](SamplingParams params, const std::vector<float>& row) {
+      params.seed = seed;
+      return Sampler(params).next(row);
+    };
+    EXPECT_EQ(next({.temperature = 0}, logits), 1);
+    EXPECT_EQ(next({.temperature = 2, .top_k = 1}, logits), 1);
+    EXPECT_EQ(next({.temperature = 2, .top_p = 1e-300}, logits), 1);
+    EXPECT_EQ(next({.temperature = 2, .top_p = 1e-300}, equal), 0);
+    EXPECT_EQ(next({.temperature = 0}, equal), 0);
+    EXPECT_EQ(next({.temperature = 2}, huge), 0);
+    const int32_t cold = next({.temperature = 1e-9, .top_k = 100}, logits);
+    EXPECT_TRUE(cold == 1 || cold == 2) << cold;
+    EXPECT_LT(next({.temperature = 1e-300, .min_p = 1}, equal), 5);
+  }
+}
+
 TEST(Sampler, SameSeedSameTokens) {
   std::vector<float> logits(100);
   for (size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>((i * 37) % 11);

@@ -95,6 +95,7 @@ void Scheduler::State::run() {
       if (stopping) break;
       for (auto& request : incoming) batch.add(std::move(request));
       incoming.clear();
+      batch.describe(stats);  // who came is not lost from the books while the first step runs
       something_ended = false;
       if (!stats.fault.empty()) continue;
     }
@@ -164,13 +165,15 @@ Scheduler::Scheduler(Engine& engine, const SchedulerOptions& options) {
   state_->thread = std::thread([state = state_.get()] { state->run(); });
 }
 
-Scheduler::~Scheduler() {
+Scheduler::~Scheduler() { stop(); }
+
+void Scheduler::stop() {
   {
     const std::lock_guard lock(state_->mutex);
     state_->draining = state_->stopping = true;
     state_->work.notify_all();
   }
-  state_->thread.join();
+  if (state_->thread.joinable()) state_->thread.join();
 }
 
 Scheduler::RequestId Scheduler::submit(GenerationRequest request, OnEvent on_event,

@@ -95,7 +95,7 @@ class Scheduler {
  public:
   // Starts the thread. `engine` outlives the scheduler and is used by nobody else meanwhile.
   Scheduler(Engine& engine, const SchedulerOptions& options);
-  ~Scheduler();  // ends what runs with kDrained
+  ~Scheduler();  // stop()
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
@@ -112,6 +112,10 @@ class Scheduler {
 
   // No request is admitted from now on. True when all are done before `timeout_seconds` are over.
   bool drain(double timeout_seconds);
+
+  // Ends what runs with kDrained after the step that is under way, and the thread with it. Whoever
+  // is to hear of it has heard when this returns.
+  void stop();
 
   SchedulerStats stats() const;
 

@@ -231,11 +231,32 @@ TEST(Scheduler, DrainWaitsAndTheEndIsTold) {
     EXPECT_EQ(scheduler.submit(request_of({1}, 1), refused.on_event(), &refusal), 0u);
     EXPECT_EQ(refusal.kind, Refusal::Kind::kDraining);
     EXPECT_EQ(quick.wait().reason, FinishReason::kLength);
+    scheduler.stop();
+    EXPECT_EQ(slow.so_far().num_finished, 1) << "told before stop() returns";
+    EXPECT_EQ(scheduler.submit(request_of({1}, 1), refused.on_event(), &refusal), 0u);
+    EXPECT_EQ(scheduler.stats().running, 0);
+    scheduler.stop();
   }
   EXPECT_EQ(slow.so_far().num_finished, 1);
   EXPECT_EQ(slow.so_far().reason, FinishReason::kDrained);
   EXPECT_EQ(refused.so_far().num_finished, 0);
   EXPECT_EQ(engine.cache.num_free_pages(), engine.cache.shape().num_pages);
+}
+
+TEST(Scheduler, CountsARequestFromTheMomentItComes) {
+  const ModelSource source = small_model("FFSFS");
+  Engine engine(source, scheduler_engine_options());
+  Scheduler scheduler(engine, {});
+  Client client;
+  scheduler.submit(request_of(small_tokens(3, 400), 5), client.on_event(), nullptr);
+  int64_t num_looks = 0;
+  for (;; ++num_looks) {
+    const SchedulerStats stats = scheduler.stats();
+    if (client.so_far().num_prompt_done > 0) break;
+    ASSERT_EQ(stats.running + stats.waiting, 1) << "look " << num_looks;
+  }
+  EXPECT_GT(num_looks, 0);
+  client.wait();
 }
 
 TEST(Scheduler, AnEngineThatFailsServesNobody) {

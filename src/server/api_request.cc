@@ -120,6 +120,19 @@ std::vector<int32_t> encode(const ServedModel& model, const std::string& text,
   }
 }
 
+// Megabytes take seconds to cut into tokens: what cannot fit however it is cut is refused before.
+// (Not counted is white space that an added token swallows.)
+void check_bytes(const ServedModel& model, const std::string& text, const char* param) {
+  if (model.longest_token == 0) return;
+  const auto least = static_cast<int64_t>(text.size() / model.longest_token);
+  if (least <= model.context) return;
+  throw ApiError(400,
+                 fmt::format("the context holds {} tokens, but the prompt has {} bytes, which are "
+                             "at least {} tokens",
+                             model.context, text.size(), least),
+                 param, "context_length_exceeded");
+}
+
 void check_model(Fields& fields, const ServedModel& model) {
   const std::string name = fields.text("model", 1024);
   if (!name.empty() && name != model.name) {
@@ -149,7 +162,8 @@ void read_common(Fields& fields, const ServedModel& model, const ServerLimits& l
     if (!out->stream) refuse("stream_options", "\"stream_options\" needs \"stream\": true");
     Fields inner(*options);
     out->include_usage = inner.boolean("include_usage", false);
-    inner.ignore({"include_obfuscation", "continuous_usage_stats"});
+    inner.only("continuous_usage_stats", false);
+    inner.ignore({"include_obfuscation"});
     inner.reject_unknown();
   }
   if (const Json* stop = fields.find("stop")) {
@@ -196,6 +210,7 @@ void check_lengths(CompletionRequest* out, const ServedModel& model, const Serve
     refuse("n", "{} prompts with n = {} make {} answers, expected at most {}", out->prompts.size(),
            out->n, choices, limits.num_choices);
   }
+  int64_t num_logprobs = 0;
   for (const std::vector<int32_t>& prompt : out->prompts) {
     const auto length = static_cast<int64_t>(prompt.size());
     if (length == 0) refuse(param, "a prompt is empty, expected at least one token");
@@ -209,6 +224,21 @@ void check_lengths(CompletionRequest* out, const ServedModel& model, const Serve
                       model.context, length, wanted, length + wanted),
           param, "context_length_exceeded");
     }
+    const int64_t most =
+        out->generation.max_tokens < 0 ? model.context - length : out->generation.max_tokens;
+    if (out->generation.min_tokens > most) {
+      refuse("min_tokens", "\"min_tokens\" is {}, but at most {} are to be generated",
+             out->generation.min_tokens, most);
+    }
+    // What is streamed is not held, but for the prompt's, which come all at once.
+    num_logprobs += out->n * (length * (out->generation.num_prompt_logprobs + 1) +
+                              (out->stream ? 0 : most * (out->generation.num_logprobs + 1)));
+  }
+  if (num_logprobs > limits.num_logprobs) {
+    refuse(out->chat ? "top_logprobs" : "logprobs",
+           "the answers could hold {} logprobs, expected at most {}: stream them, or ask for fewer "
+           "logprobs, tokens or prompts at once",
+           num_logprobs, limits.num_logprobs);
   }
 }
 
@@ -251,6 +281,7 @@ CompletionRequest parse_completion(const Json& body, const ServedModel& model,
   if (prompt == nullptr) refuse("prompt", "\"prompt\" is missing");
 
   const auto add_text = [&](const Json& text) {
+    check_bytes(model, text.get_ref<const std::string&>(), "prompt");
     out.prompts.push_back(
         encode(model, text.get_ref<const std::string&>(), add_special_tokens, "prompt"));
     out.log_text += text.get_ref<const std::string&>();
@@ -419,13 +450,19 @@ CompletionRequest parse_chat(const Json& body, const ServedModel& model, const S
   fields.only("tool_choice", "none");
   fields.only("modalities", Json::array({"text"}));
   fields.only("audio", Json::object());
-  fields.ignore({"parallel_tool_calls", "reasoning_effort", "verbosity"});
+  fields.only("verbosity", "medium");
+  fields.ignore({"parallel_tool_calls"});
   ChatInput input;
   input.unix_time = unix_time;
   read_chat_input(fields, limits, &input);
+  // Templates that know efforts read it by this name.
+  if (const std::string effort = fields.text("reasoning_effort", 32); !effort.empty())
+    input.extra["reasoning_effort"] = effort;
   fields.reject_unknown();
   out.log_text = dump(input.messages);
-  out.prompts.push_back(encode_rendered(model, render_chat(model, std::move(input))));
+  const ChatPrompt prompt = render_chat(model, std::move(input));
+  check_bytes(model, prompt.text, "messages");
+  out.prompts.push_back(encode_rendered(model, prompt));
   check_lengths(&out, model, limits, "messages");
   return out;
 }

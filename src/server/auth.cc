@@ -37,14 +37,32 @@ bool is_authorized(std::string_view path, std::string_view authorization,
   return keys.empty() || is_public_path(path) || key_number(authorization, keys) >= 0;
 }
 
+namespace {
+
+bool equal_names(std::string_view a, std::string_view b) {
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; };
+  return std::ranges::equal(a, b, {}, lower, lower);
+}
+
+// A Host header without its port, which in brackets may hold colons of its own.
+std::string_view host_name(std::string_view host) {
+  const size_t colon = host.rfind(':'), bracket = host.rfind(']');
+  const bool has_port = colon != host.npos && (bracket == host.npos || bracket < colon);
+  return has_port ? host.substr(0, colon) : host;
+}
+
+}  // namespace
+
 bool is_loopback_host(std::string_view host) {
-  if (host.starts_with('[')) {
-    const size_t end = host.find(']');
-    return end != host.npos && host.substr(0, end + 1) == "[::1]";
-  }
-  const std::string_view name = host.substr(0, host.rfind(':'));
-  if (name == "localhost") return true;
+  const std::string_view name = host_name(host);
+  if (equal_names(name, "localhost") || name == "[::1]") return true;
   return name.starts_with("127.") && name.find_first_not_of("0123456789.") == name.npos;
+}
+
+bool is_allowed_host(std::string_view host, const std::vector<std::string>& allowed) {
+  return std::ranges::any_of(allowed, [&](const std::string& one) {
+    return equal_names(host, one) || equal_names(host_name(host), one);
+  });
 }
 
 }  // namespace indexcache

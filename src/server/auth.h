@@ -26,4 +26,7 @@ bool is_authorized(std::string_view path, std::string_view authorization,
 // without a port. Keeps foreign pages from reaching a loopback server by rebinding their name.
 bool is_loopback_host(std::string_view host);
 
+// One of `allowed`, in any case: a name, which may come with any port, or a name with its port.
+bool is_allowed_host(std::string_view host, const std::vector<std::string>& allowed);
+
 }  // namespace indexcache

@@ -56,6 +56,8 @@ TEST_F(BadRequest, Bodies) {
     expect_refused(kCompletions, body, 400, "");
     expect_refused(kChat, body, 400, "");
   }
+  const std::string deep = server_.ask(post(kChat, std::string(65, '[') + std::string(65, ']')));
+  EXPECT_NE(deep.find("64"), std::string::npos) << "the limit is stated: " << deep;
 }
 
 TEST_F(BadRequest, FieldsAreNamed) {
@@ -96,6 +98,10 @@ TEST_F(BadRequest, FieldsAreNamed) {
       {"\"frequency_penalty\": 0.5", "frequency_penalty"},
       {"\"presence_penalty\": -2", "presence_penalty"},
       {"\"stop_token_ids\": [260]", "stop_token_ids"},
+      {"\"min_tokens\": 17", "min_tokens"},
+      {"\"n\": 128, \"max_tokens\": 4000, \"logprobs\": 20", "logprobs"},
+      {"\"stream\": true, \"stream_options\": {\"continuous_usage_stats\": true}",
+       "continuous_usage_stats"},
       {"\"presence_penalty\": \"much\"", "presence_penalty"},
       {"\"n_discard\": -5", "n_discard"},
       {"\"n_keep\": -1", "n_keep"},
@@ -130,6 +136,8 @@ TEST_F(BadRequest, MessagesAreNamedByPlace) {
        "messages[1].content"},
       {R"([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}])",
        "messages[0].content"},
+      {R"([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http:\\169.254.169.254\\x"}}]}])",
+       "messages[0].content"},
       {R"([{"role": "user", "content": [{"type": "text", "text": 5}]}])", "messages[0].content"},
       {R"([{"role": "user", "content": []}])", "messages[0].content"},
       {R"([{"role": "user", "content": "a", "name": "b\nc"}])", "messages[0].name"},
@@ -148,6 +156,10 @@ TEST_F(BadRequest, MessagesAreNamedByPlace) {
       {"\"top_logprobs\": 2", "top_logprobs"},
       {"\"logprobs\": true, \"top_logprobs\": 21", "top_logprobs"},
       {"\"max_completion_tokens\": 0", "max_completion_tokens"},
+      {"\"min_tokens\": 4096", "min_tokens"},
+      {"\"logprobs\": true, \"top_logprobs\": 20, \"n\": 128", "top_logprobs"},
+      {"\"reasoning_effort\": 5", "reasoning_effort"},
+      {"\"verbosity\": \"low\"", "verbosity"},
       {"\"prompt\": \"x\"", "prompt"},
   };
   for (const auto& [field, param] : fields)

@@ -1,5 +1,6 @@
 #include "server/completion.h"
 
+#include <algorithm>
 #include <random>
 
 namespace indexcache {
@@ -52,7 +53,16 @@ Completion::Completion(std::shared_ptr<const ServedModel> model, Metrics& metric
       request_(std::move(request)),
       id_(std::move(id)),
       created_(created) {
-  submit_all(std::move(wake));
+  try {
+    submit_all(std::move(wake));
+  } catch (...) {
+    abort();
+    throw;
+  }
+  const auto longest = std::ranges::max(request_.prompts, {}, &std::vector<int32_t>::size).size();
+  const int64_t max_tokens = request_.generation.max_tokens;
+  metrics_.add_request(
+      request_.n, max_tokens < 0 ? model_->context - static_cast<int64_t>(longest) : max_tokens);
 }
 
 Completion::~Completion() { abort(); }
@@ -81,17 +91,12 @@ void Completion::submit_all(Wake wake) {
         }
         wake();
       };
-      std::optional<ApiError> error;
       try {
         running.id = model_->generator->submit(std::move(generation), on_event, &refusal);
-        if (running.id == 0) error = refusal_error(refusal);
       } catch (const Error& wrong) {
-        error = ApiError(400, wrong.what());
+        throw ApiError(400, wrong.what());
       }
-      if (error) {
-        abort();
-        throw *error;
-      }
+      if (running.id == 0) throw refusal_error(refusal);
     }
   }
 }

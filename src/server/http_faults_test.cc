@@ -48,6 +48,17 @@ class HttpFaults : public ::testing::Test {
     EXPECT_EQ(good(), good_) << "after " << request.substr(0, 200);
   }
 
+  // Refused, and what follows is not taken for a request.
+  void expect_no_second_answer(const std::string& request) {
+    RawClient client(server_.http.port());
+    client.send(request);
+    const std::string answer = client.receive(5);
+    EXPECT_EQ(status_of(answer), 400) << request << answer;
+    EXPECT_EQ(client.receive(1), "") << request;
+    EXPECT_TRUE(client.closed_by_peer()) << request;
+    EXPECT_EQ(good(), good_) << "after " << request;
+  }
+
   TestServer server_{options()};
   std::string good_;
 };
@@ -82,6 +93,14 @@ TEST_F(HttpFaults, WrongRequests) {
       "POST /v1/completions" + tail +
           "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
       400);
+  // A proxy might see a body where the server would see a second request.
+  for (const char* coding : {"xchunked", "chunked, identity", "gzip, chunked", "identity",
+                             "chunked\r\nTransfer-Encoding: chunked", "\r\n xchunked", ""})
+    expect_no_second_answer("POST /v1/completions" + tail + "Transfer-Encoding: " + coding +
+                            "\r\n\r\n0\r\n\r\n" + get("/health"));
+  expect_no_second_answer(
+      "POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" +
+      get("/health"));
   expect_error("POST /v1/completions" + tail + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
                400);
   expect_error("POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400);
@@ -89,7 +108,7 @@ TEST_F(HttpFaults, WrongRequests) {
       "POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\nabc", 413);
   expect_error(
       "POST /v1/completions" + tail + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415);
-  expect_error("GET /" + tail + "X: " + std::string(1 << 20, 'x') + "\r\n\r\n", 431);
+  expect_error("GET /" + tail + "X: " + std::string(10 << 20, 'x') + "\r\n\r\n", 431);
   std::string many;
   for (int i = 0; i < 100000; ++i) many += "a: b\r\n";
   expect_error("GET /" + tail + many + "\r\n", 431);
@@ -195,6 +214,13 @@ TEST_F(HttpFaults, QueueFull) {
   EXPECT_EQ(server_.generator.stats().running, 0);  // none of the three is left behind
 }
 
+TEST_F(HttpFaults, NoMemoryForTheThirdAnswer) {
+  server_.generator.until_bad_alloc = 2;
+  expect_error(post("/v1/completions", R"({"prompt": [0], "n": 3})"), 503);
+  EXPECT_EQ(server_.generator.stats().running, 0);  // none of the two is left behind
+  EXPECT_EQ(server_.generator.stats().cancelled, 2);
+}
+
 TEST_F(HttpFaults, PoisonedRequestFailsAlone) {
   EXPECT_EQ(status_of(server_.ask(post("/v1/completions", R"({"prompt": [1, 5]})"))), 500);
   const std::string stream =
@@ -240,6 +266,14 @@ TEST(HttpServer, KeysOnEveryPath) {
   AppOptions options;
   options.api_keys = {"secret"};
   TestServer server(options);
+  const auto good = [&] {
+    const std::string answer =
+        server.ask(post("/v1/completions", R"({"prompt": "hello", "temperature": 0})",
+                        "Authorization: Bearer secret\r\n"));
+    EXPECT_EQ(status_of(answer), 200) << answer;
+    return without_ids(body_of(answer));
+  };
+  const std::string before = good();
   for (const char* path :
        {"/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "//health", "/health/",
         "/v1/../health", "/%68ealth", "/HEALTH", "http://localhost/health"}) {
@@ -252,13 +286,78 @@ TEST(HttpServer, KeysOnEveryPath) {
                   get(path, "Authorization: Bearer secret\r\nAuthorization: Bearer x\r\n"))),
               401);
     EXPECT_NE(status_of(server.ask(get(path, "Authorization: bearer secret\r\n"))), 401) << path;
+    // So long a key is no header any more; the others have all been looked at.
+    EXPECT_EQ(status_of(server.ask(
+                  get(path, "Authorization: Bearer " + std::string(1 << 20, 's') + "\r\n"))),
+              431);
+    EXPECT_EQ(good(), before) << "after " << path;
   }
   for (const char* path : {"/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions"}) {
     EXPECT_EQ(status_of(server.ask(post(path, "{}"))), 401) << path;
     EXPECT_EQ(status_of(server.ask(post(path, "{}", "Authorization: Bearer secret\r\n"))), 400)
         << path;
+    EXPECT_EQ(good(), before) << "after " << path;
   }
   EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+}
+
+TEST(HttpServer, HostsOfThisMachineAndAllowedOnes) {
+  HttpServerOptions options;
+  options.allowed_hosts = {"models.example", "other.example:81"};
+  TestServer server({}, options);
+  const auto status = [&](const std::string& host) {
+    return status_of(server.ask("GET /v1/models HTTP/1.1\r\nHost: " + host + "\r\n\r\n"));
+  };
+  for (const char* host : {"localhost", "LocalHost:8080", "127.0.0.1:80", "[::1]:80",
+                           "models.example", "Models.Example:8080", "other.example:81"})
+    EXPECT_EQ(status(host), 200) << host;
+  for (const char* host :
+       {"evil.example", "models.example.evil.example", "xmodels.example:8080", "other.example",
+        "other.example:82", "localhost.evil.example", "[::1].evil.example", "[", "\\localhost"})
+    EXPECT_EQ(status(host), 403) << host;
+}
+
+// Memory does not grow with the number of clients that send large bodies.
+TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
+  AppOptions options;
+  options.limits.body_bytes = 1 << 20;
+  options.limits.bodies_bytes = 2 << 20;
+  TestServer server(options);
+  const std::string before = without_ids(body_of(server.ask(kGood)));
+  const std::string head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n";
+  const std::string whole = R"({"prompt": ")" + std::string((1 << 20) - 14, 'a') + "\"}";
+  ASSERT_EQ(whole.size(), size_t{1} << 20);
+  RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
+  first.send(head + "Content-Length: 1048576\r\n\r\n");
+  EXPECT_EQ(status_of(first.receive()), 100);
+  second.send(head + "Transfer-Encoding: chunked\r\n\r\n");
+  EXPECT_EQ(status_of(second.receive()), 100);
+  third.send(head + "Content-Length: 1048576\r\n\r\n");
+  const std::string refused = third.receive();
+  EXPECT_EQ(status_of(refused), 503) << refused;
+  EXPECT_NE(refused.find("\r\nRetry-After: 1\r\n"), std::string::npos) << refused;
+  EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before) << "small ones still come through";
+  second.close();
+  first.send(whole);
+  EXPECT_EQ(status_of(first.receive(60)), 200);
+  EXPECT_EQ(status_of(server.ask(post("/tokenize", whole), 60)), 200);
+  EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before);
+}
+
+// Bodies of others are read and cut into tokens meanwhile, one after the other.
+TEST(HttpServer, HealthWaitsForNoBody) {
+  TestServer server;
+  RawClient busy(server.http.port());
+  {
+    const std::lock_guard closed(server.generator.gate);
+    busy.send(kGood);
+    for (int i = 0; i < 1000 && server.generator.num_submits == 0; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    ASSERT_EQ(server.generator.num_submits, 1);
+    for (const char* path : {"/health", "/metrics", "/v1/models"})
+      EXPECT_EQ(status_of(server.ask(get(path))), 200) << path;
+  }
+  EXPECT_EQ(status_of(busy.receive()), 200);
 }
 
 // Cached prefixes are shared under equal salts, so the holders of two keys must never have one.
@@ -291,7 +390,17 @@ TEST(HttpServer, CorsOnlyWhenAsked) {
   EXPECT_EQ(status_of(preflight), 204);
   EXPECT_NE(preflight.find("Access-Control-Allow-Origin: https://app.example\r\n"),
             std::string::npos);
+  // OpenAI's client names its own headers.
+  const std::string wanted = server.ask(
+      "OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://app.example\r\n"
+      "Access-Control-Request-Headers: authorization,content-type,x-stainless-os\r\n\r\n");
+  EXPECT_NE(wanted.find("Access-Control-Allow-Headers: authorization,content-type,x-stainless-os"),
+            std::string::npos)
+      << wanted;
   EXPECT_EQ(status_of(server.ask(get("/health", "Origin: https://other.example\r\n"))), 403);
+  EXPECT_EQ(status_of(server.ask("OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                                 "Origin: https://other.example\r\n\r\n")),
+            403);
   EXPECT_EQ(server.ask(get("/health")).find("Access-Control"), std::string::npos);
 }
 

@@ -64,6 +64,7 @@ struct FuzzedServer {
                                       Json::object());
     model->context = 4096;
     model->vocab_size = 260;
+    model->longest_token = longest_token_bytes(*model->tokenizer);
     model->eos_tokens = {256};
     model->plan = "FFSS";
     app.set_model(std::move(model));

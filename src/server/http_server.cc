@@ -18,6 +18,7 @@
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/write.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/core/string.hpp>
 #include <boost/beast/core/tcp_stream.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/read.hpp>
@@ -25,6 +26,7 @@
 #include <chrono>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "base/log.h"
 #include "server/auth.h"
@@ -52,6 +54,7 @@ using boost::system::error_code;
 constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 // How often a waiting request looks whether its client is still there.
 constexpr auto kPresenceCheck = std::chrono::milliseconds(200);
+constexpr uint64_t kSmallBody = 64 << 10;
 
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
@@ -77,6 +80,30 @@ struct Bell {
   std::atomic<bool> rung{false};
 };
 
+// A part of what all bodies together may take, given back at its end.
+class BodyShare {
+ public:
+  BodyShare(uint64_t& taken, uint64_t most) : taken_(taken), most_(most) {}
+  ~BodyShare() { give_back(); }
+  BodyShare(const BodyShare&) = delete;
+  BodyShare& operator=(const BodyShare&) = delete;
+
+  // One body larger than all may take together comes alone. Small ones do not count, so that
+  // clients who are slow with large ones stop nobody else.
+  bool take(uint64_t bytes) {
+    if (bytes <= kSmallBody) return true;
+    if (taken_ > 0 && taken_ + bytes > most_) return false;
+    taken_ += bytes;
+    mine_ = bytes;
+    return true;
+  }
+  void give_back() { taken_ -= std::exchange(mine_, 0); }
+
+ private:
+  uint64_t& taken_;
+  uint64_t most_, mine_ = 0;
+};
+
 }  // namespace
 
 struct HttpServer::State {
@@ -87,6 +114,7 @@ struct HttpServer::State {
   HttpServerOptions options;
   bool loopback = true;
   std::atomic<int64_t> connections{0}, answering{0};
+  uint64_t bodies_bytes = 0;  // that bodies may take which are here; of the server's thread
   std::atomic<bool> stopping{false};
   asio::io_context io{1};  // its end is the end of the connections, which use what stands above
   tcp::acceptor acceptor;
@@ -97,12 +125,13 @@ struct HttpServer::State {
   void log(const std::string& line) const { info("{}", line); }
 
   asio::awaitable<void> accept_loop();
+  void turn_away(tcp::socket socket);
   asio::awaitable<void> serve(beast::tcp_stream stream);
 
   struct Head {  // of a request, as far as answers depend on it
     HttpRequest request;
     bool http11 = true, keep_alive = true, head_only = false;
-    std::string origin;
+    std::string origin, wanted_headers;  // the second: of a preflight
     Clock::time_point begun = Clock::now();
     std::string peer;
   };
@@ -136,6 +165,7 @@ HttpServer::State::Head HttpServer::State::read_head(const Parser& parser) const
   head.keep_alive = message.keep_alive();
   head.head_only = message.method() == http::verb::head;
   head.origin = std::string(message[http::field::origin]);
+  head.wanted_headers = std::string(message[http::field::access_control_request_headers]);
   return head;
 }
 
@@ -154,6 +184,11 @@ void HttpServer::State::check_headers(const Parser& parser, const Head& head) co
   const auto count = [&](http::field field) { return message.count(field); };
   if (count(http::field::transfer_encoding) > 0 && count(http::field::content_length) > 0)
     throw ApiError(400, "both Content-Length and Transfer-Encoding are given", {}, "bad_framing");
+  // Any other coding leaves open where the body ends: what follows could pass for a request.
+  if (count(http::field::transfer_encoding) > 0 &&
+      (!head.http11 || !beast::iequals(message[http::field::transfer_encoding], "chunked"))) {
+    throw ApiError(400, "the only Transfer-Encoding is chunked, in HTTP/1.1", {}, "bad_framing");
+  }
   if (count(http::field::content_length) > 1 || count(http::field::transfer_encoding) > 1 ||
       count(http::field::host) > 1) {
     throw ApiError(400, "a header that must be single is repeated", {}, "bad_framing");
@@ -165,7 +200,7 @@ void HttpServer::State::check_headers(const Parser& parser, const Head& head) co
       throw ApiError(400, "the target holds a control character", {}, "bad_target");
   const std::string host(message[http::field::host]);
   if (loopback && count(http::field::host) > 0 && !is_loopback_host(host) &&
-      std::ranges::find(options.allowed_hosts, host) == options.allowed_hosts.end()) {
+      !is_allowed_host(host, options.allowed_hosts)) {
     throw ApiError(
         403, fmt::format("the Host {} is not this server's (--allowed-host)", printable(host, 100)),
         {}, "foreign_host");
@@ -248,8 +283,11 @@ asio::awaitable<bool> HttpServer::State::answer_preflight(beast::tcp_stream& str
                                                           const Head& head) {
   HttpResponse response;
   response.status = 204;
+  // Clients add headers of their own, which do nothing here: a page is let in by its origin alone.
+  const std::string allowed =
+      head.wanted_headers.empty() ? "authorization, content-type" : head.wanted_headers;
   response.headers = {{"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
-                      {"Access-Control-Allow-Headers", "authorization, content-type"},
+                      {"Access-Control-Allow-Headers", allowed},
                       {"Access-Control-Max-Age", "600"}};
   const AnswerNote note;
   const bool open = co_await send(stream, head, response, note);
@@ -289,7 +327,11 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
       // Long answers take time to write down, which belongs to no other connection.
       HttpResponse response;
       const auto build = [&]() -> asio::awaitable<void> {
-        response = exchange.response();
+        try {
+          response = exchange.response();
+        } catch (const std::bad_alloc&) {
+          response = error_response(ApiError(503, "out of memory", {}, "out_of_memory"));
+        }
         co_return;
       };
       co_await asio::co_spawn(workers, build, asio::use_awaitable);
@@ -377,12 +419,20 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       }
     }
     bool preflight = false;
+    BodyShare share(bodies_bytes, limits().bodies_bytes);
     if (!refused) {
       try {
         check_headers(parser, head);
         preflight = head.request.method == "OPTIONS" && !head.origin.empty() &&
                     !cors_origin(head.origin).empty();
         if (!preflight) app.check_head(head.request);
+        if (!share.take(parser.chunked() ? limits().body_bytes
+                                         : parser.content_length().value_or(0))) {
+          ApiError full(503, "too many large bodies are being read at once", {},
+                        "bodies_too_large");
+          full.retry_after_seconds = 1;
+          throw full;
+        }
       } catch (const ApiError& wrong) {
         refused = wrong;
         // What follows the header is not read, so the connection cannot go on if there is a body.
@@ -426,7 +476,8 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     }
     head.request.body = std::move(parser.get().body());
 
-    // Parsing and tokenizing take time that belongs to no other connection.
+    // Parsing and tokenizing take time that belongs to no other connection. What has no body, as
+    // /health, does not wait for that of others.
     auto bell = std::make_shared<Bell>(io);
     const Wake wake = [bell, this] {
       if (bell->rung.exchange(true)) return;
@@ -445,13 +496,18 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       }
       co_return;
     };
-    co_await asio::co_spawn(workers, handle, asio::use_awaitable);
+    if (head.request.method == "POST") {
+      co_await asio::co_spawn(workers, handle, asio::use_awaitable);
+    } else {
+      co_await handle();
+    }
     head.request.body.clear();
     head.request.body.shrink_to_fit();
     if (refused) {
       response = error_response(*refused);
       open = co_await send(stream, head, response, no_note);
     } else if (answer.exchange) {
+      share.give_back();
       open = co_await send_exchange(stream, head, answer, *bell);
     } else {
       open = co_await send(stream, head, answer.response, no_note);
@@ -467,31 +523,41 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
   }
 }
 
+// Connections over the limit hear of it, if that can be done at once.
+void HttpServer::State::turn_away(tcp::socket socket) {
+  app.metrics().add_response(503);
+  ApiError full(503, "too many connections", {}, "too_many_connections");
+  full.retry_after_seconds = 1;
+  Head head;
+  head.keep_alive = false;
+  const HttpResponse response = error_response(full);
+  const std::string text = head_text(head, response, false) + response.body;
+  error_code ignored;
+  socket.non_blocking(true, ignored);
+  socket.write_some(asio::buffer(text), ignored);
+}
+
 asio::awaitable<void> HttpServer::State::accept_loop() {
   asio::steady_timer pause(io);
   while (!stopping) {
-    auto [error, socket] = co_await acceptor.async_accept(kAwait);
-    if (error == asio::error::operation_aborted) co_return;
-    if (error) {
-      // Out of descriptors, or a client that left early: wait for some to be given back.
+    bool rest = false;
+    try {
+      auto [error, socket] = co_await acceptor.async_accept(kAwait);
+      if (error == asio::error::operation_aborted) co_return;
+      rest = static_cast<bool>(error);
+      if (!error && connections >= limits().connections) {
+        turn_away(std::move(socket));
+      } else if (!error) {
+        asio::co_spawn(io, serve(beast::tcp_stream(std::move(socket))), asio::detached);
+      }
+    } catch (const std::bad_alloc&) {
+      rest = true;
+    }
+    // Out of descriptors or memory, or a client that left early: wait for some to be given back.
+    if (rest) {
       pause.expires_after(std::chrono::milliseconds(20));
       co_await pause.async_wait(kAwait);
-      continue;
     }
-    if (connections >= limits().connections) {
-      app.metrics().add_response(503);
-      ApiError full(503, "too many connections", {}, "too_many_connections");
-      full.retry_after_seconds = 1;
-      Head head;
-      head.keep_alive = false;
-      HttpResponse response = error_response(full);
-      const std::string text = head_text(head, response, false) + response.body;
-      error_code ignored;
-      socket.non_blocking(true, ignored);
-      socket.write_some(asio::buffer(text), ignored);
-      continue;
-    }
-    asio::co_spawn(io, serve(beast::tcp_stream(std::move(socket))), asio::detached);
   }
 }
 
@@ -516,6 +582,8 @@ HttpServer::HttpServer(App& app, const HttpServerOptions& options)
 HttpServer::~HttpServer() {
   if (state_->thread.joinable()) stop(0);
 }
+
+bool HttpServer::is_loopback() const { return state_->loopback; }
 
 uint16_t HttpServer::port() const { return state_->acceptor.local_endpoint().port(); }
 

@@ -33,7 +33,8 @@ class HttpServer {
   HttpServer& operator=(const HttpServer&) = delete;
 
   uint16_t port() const;
-  void start();  // serves on threads of its own
+  bool is_loopback() const;  // only this machine reaches it
+  void start();              // serves on threads of its own
   // Lets answers go out that are being made, at most for so long, then closes everything.
   void stop(double timeout_seconds);
 

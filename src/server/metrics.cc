@@ -55,6 +55,12 @@ void Metrics::add_response(int status) {
   ++responses_[status];
 }
 
+void Metrics::add_request(int64_t n, int64_t max_tokens) {
+  const std::lock_guard lock(mutex_);
+  asked_n_.add(static_cast<double>(n));
+  asked_tokens_.add(static_cast<double>(max_tokens));
+}
+
 void Metrics::add_finished(const Finished& finished) {
   const std::lock_guard lock(mutex_);
   ++finished_[finished.reason];
@@ -109,6 +115,9 @@ std::string Metrics::text(const SchedulerStats& stats, const std::string& model_
   gauge("indexcache_num_layers", "Decoder layers.", count(static_cast<int64_t>(plan.size())));
   gauge("indexcache_num_full_layers", "Layers that run their indexer.",
         count(std::ranges::count(plan, 'F')));
+  write_head(out, "vllm:cache_config_info", "How the cache is divided.", "gauge");
+  out += fmt::format("vllm:cache_config_info{{{},block_size=\"{}\",num_gpu_blocks=\"{}\"}} 1\n",
+                     labels, kPageTokens, stats.pages);
   write_head(out, "indexcache_plan_info", "The index plan in force.", "gauge");
   out += fmt::format("indexcache_plan_info{{{},plan=\"{}\"}} 1\n", labels, escaped(plan));
   counter("indexcache_indexer_seconds_total", "Time in indexers.", stats.times.indexer);
@@ -123,9 +132,8 @@ std::string Metrics::text(const SchedulerStats& stats, const std::string& model_
           static_cast<double>(corrupted_));
   write_head(out, "vllm:request_success_total", "Finished answers by reason.", "counter");
   for (const char* reason : {"stop", "length", "abort"}) {
-    const auto it = finished_.find(reason);
     out += fmt::format("vllm:request_success_total{{{},finished_reason=\"{}\"}} {}\n", labels,
-                       reason, it == finished_.end() ? 0 : it->second);
+                       reason, finished_.at(reason));
   }
   write_head(out, "indexcache_http_responses_total", "HTTP answers by status.", "counter");
   for (const auto& [status, responses] : responses_) {
@@ -144,6 +152,9 @@ std::string Metrics::text(const SchedulerStats& stats, const std::string& model_
                    "From its admission to its last token.", labels);
   whole_.write(out, "vllm:e2e_request_latency_seconds", "From the request to its last token.",
                labels);
+  asked_n_.write(out, "vllm:request_params_n", "Answers that a request asked for.", labels);
+  asked_tokens_.write(out, "vllm:request_params_max_tokens",
+                      "Tokens that a request asked for at most, per answer.", labels);
   prompt_length_.write(out, "vllm:request_prompt_tokens", "Prompt tokens of a request.", labels);
   answer_length_.write(out, "vllm:request_generation_tokens", "Tokens generated for a request.",
                        labels);

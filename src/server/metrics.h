@@ -30,6 +30,8 @@ class Histogram {
 class Metrics {
  public:
   void add_response(int status);
+  // One accepted request, and what it asked for.
+  void add_request(int64_t n, int64_t max_tokens);
   // One finished choice. Times in seconds since the request came; first_token < 0: there was none.
   // `queued` is how long it waited to be admitted.
   struct Finished {
@@ -48,7 +50,7 @@ class Metrics {
  private:
   mutable std::mutex mutex_;
   std::map<int, uint64_t> responses_;
-  std::map<std::string, uint64_t> finished_;
+  std::map<std::string, uint64_t> finished_{{"stop", 0}, {"length", 0}, {"abort", 0}};
   uint64_t corrupted_ = 0;
   Histogram first_token_{{0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
                           1,     2.5,   5,    7.5,  10,   20,   40,   80,  160,  640, 2560}};
@@ -60,6 +62,9 @@ class Metrics {
   }
   Histogram queue_{request_seconds()}, prefill_{request_seconds()}, decode_{request_seconds()},
       inference_{request_seconds()}, whole_{request_seconds()};
+  Histogram asked_n_{{1, 2, 5, 10, 20}};
+  Histogram asked_tokens_{
+      {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000}};
   Histogram prompt_length_{
       {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000}};
   Histogram answer_length_{{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000}};

@@ -26,6 +26,7 @@ const ServedModel& model() {
         "fuzz", Json::object());
     made.context = 4096;
     made.vocab_size = 260;
+    made.longest_token = longest_token_bytes(*made.tokenizer);
     made.eos_tokens = {256};
     return made;
   }();
@@ -40,6 +41,15 @@ void check(const CompletionRequest& request, const ServerLimits& limits) {
     require(static_cast<int64_t>(prompt.size()) + request.generation.max_tokens <= model().context);
     for (const int32_t id : prompt) require(id >= 0 && id < model().vocab_size);
   }
+  int64_t held = 0;
+  for (const auto& prompt : request.prompts) {
+    const auto length = static_cast<int64_t>(prompt.size());
+    const int64_t most = request.generation.max_tokens < 0 ? model().context - length
+                                                           : request.generation.max_tokens;
+    require(request.generation.min_tokens <= most);
+    if (!request.stream) held += request.n * most * (request.generation.num_logprobs + 1);
+  }
+  require(held <= limits.num_logprobs);
   for (const std::string& stop : request.stops) require(!stop.empty());
   check_sampling_params(request.generation.sampling);
 }

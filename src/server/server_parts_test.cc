@@ -101,6 +101,46 @@ TEST(ApiRequest, ContextErrorsGiveBothNumbers) {
             4090u);
 }
 
+// Before it is cut into tokens, which takes long.
+TEST(ApiRequest, TextsThatCannotFitAreNotTokenized) {
+  const auto model = byte_model(nullptr);
+  const std::string text((model->longest_token + 1) * 4096, 'a');
+  const auto expect_refused = [&](const auto& parse, const char* param) {
+    try {
+      parse();
+      ADD_FAILURE() << param;
+    } catch (const ApiError& error) {
+      EXPECT_EQ(error.code, "context_length_exceeded");
+      EXPECT_EQ(error.param, param);
+      for (const std::string& part :
+           {std::to_string(text.size()), std::string("bytes"), std::string("4096")})
+        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+  };
+  expect_refused([&] { completion("{\"prompt\": \"" + text + "\"}"); }, "prompt");
+  expect_refused(
+      [&] {
+        parse_chat({{"messages", {{{"role", "user"}, {"content", text}}}}}, *model, {}, 0);
+      },
+      "messages");
+}
+
+TEST(ApiRequest, TemplatesReadTheEffort) {
+  const auto model = byte_model(nullptr);
+  model->text.chat_template.emplace("{{ reasoning_effort or 'none' }}:{{ messages[0].content }}",
+                                    "test", Json::object());
+  const auto prompt = [&](const std::string& more) {
+    const CompletionRequest request = parse_chat(
+        parse_body(R"({"messages": [{"role": "user", "content": "a"}])" + more + "}", {}), *model,
+        {}, 0);
+    return model->tokenizer->decode(request.prompts[0], false);
+  };
+  EXPECT_EQ(prompt(""), "none:a");
+  EXPECT_EQ(prompt(R"(, "reasoning_effort": "high")"), "high:a");
+  EXPECT_EQ(prompt(R"(, "chat_template_kwargs": {"reasoning_effort": "low", "messages": []})"),
+            "low:a");
+}
+
 TEST(Choice, NeverSplitsACharacterAndKeepsLogprobsInStep) {
   const auto model = byte_model(nullptr);
   CompletionRequest request = completion(R"({"prompt": "x", "logprobs": 1, "stop": ["END"]})");
@@ -128,6 +168,7 @@ TEST(Metrics, CountsInBuckets) {
   Metrics metrics;
   metrics.add_response(200);
   metrics.add_finished({"stop", 0.015, 0.5, 10, 3, {0.02, 0.2}, 0.005, 0.4});
+  metrics.add_request(2, 16);
   const std::string text = metrics.text({}, "a\"b\\c\nd", "FFSS");
   for (const char* line :
        {"vllm:time_to_first_token_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.01\"} 0\n",
@@ -135,6 +176,9 @@ TEST(Metrics, CountsInBuckets) {
         "vllm:request_queue_time_seconds_sum{model_name=\"a\\\"b\\\\c\\nd\"} 0.005\n",
         "vllm:request_inference_time_seconds_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"0.5\"} 1\n",
         "vllm:inter_token_latency_seconds_count{model_name=\"a\\\"b\\\\c\\nd\"} 2\n",
+        "vllm:request_params_n_bucket{model_name=\"a\\\"b\\\\c\\nd\",le=\"2\"} 1\n",
+        "vllm:request_params_max_tokens_sum{model_name=\"a\\\"b\\\\c\\nd\"} 16\n",
+        "vllm:request_success_total{model_name=\"a\\\"b\\\\c\\nd\",finished_reason=\"stop\"} 1\n",
         "indexcache_num_full_layers{model_name=\"a\\\"b\\\\c\\nd\"} 2\n", "plan=\"FFSS\"} 1\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << text;
   }

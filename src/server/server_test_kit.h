@@ -42,6 +42,8 @@ class EchoGenerator : public Generator {
 
   uint64_t submit(GenerationRequest request, Scheduler::OnEvent on_event,
                   Refusal* refusal) override {
+    ++num_submits;
+    const std::lock_guard pass(gate);
     const std::lock_guard lock(mutex_);
     if (draining_) {
       *refusal = {Refusal::Kind::kDraining, "draining", 1};
@@ -52,6 +54,7 @@ class EchoGenerator : public Generator {
       ++stats_.refused;
       return 0;
     }
+    if (until_bad_alloc-- == 0) throw std::bad_alloc();
     ++stats_.accepted;
     last_salt_ = request.cache_salt;
     jobs_[++last_id_] = {std::move(request), std::move(on_event), -1};
@@ -103,6 +106,9 @@ class EchoGenerator : public Generator {
 
   std::atomic<int64_t> max_jobs = 256;
   std::atomic<int64_t> step_microseconds = 0;
+  std::atomic<int64_t> num_submits = 0;
+  std::mutex gate;                            // held by a test: submit() waits
+  std::atomic<int64_t> until_bad_alloc = -1;  // requests, before one finds no memory
 
  private:
   struct Job {
@@ -203,6 +209,7 @@ inline std::shared_ptr<ServedModel> byte_model(Generator* generator) {
   model->name = "bytes";
   model->generator = generator;
   model->tokenizer = Tokenizer::parse(byte_level_tokenizer_json(260), "test");
+  model->longest_token = longest_token_bytes(*model->tokenizer);
   model->text.chat_template.emplace("{% for m in messages %}{{ m.content }}{% endfor %}", "test",
                                     Json::object());
   model->context = 4096;
