@@ -19,7 +19,7 @@ Json generation_json(const Engine& engine, const GenerateResult& result);
 // what `num_tokens` tokens take.
 std::string memory_line(const Engine& engine, int64_t num_tokens);
 
-const char* compute_name(Compute compute);   // "f32", "bf16"
-const char* indexer_keys_name(DType dtype);  // or "i8", "fp8"
+const char* compute_name(Compute compute);  // "f32", "bf16"
+const char* cached_name(DType dtype);       // or "i8", "fp8"
 
 }  // namespace indexcache
