@@ -73,6 +73,11 @@ TEST_F(Cli, InspectJsonKeepsItsContract) {
   const Json int8 = output_json({"inspect", "-m", model_, "--json", "--indexer-keys", "i8"});
   EXPECT_EQ(int8.at("cache_bytes_per_token"), 768 - 2 * 64 + 64 + 4);
   EXPECT_EQ(int8.at("indexer_keys"), "i8");
+  // fp8 latents: 128 bytes, one scale of 4, 32 bf16.
+  const Json fp8 = output_json({"inspect", "-m", model_, "--json", "--kv-cache", "fp8"});
+  EXPECT_EQ(fp8.at("cache_bytes_per_token"), 2 * (128 + 4 + 64) + 128);
+  EXPECT_EQ(fp8.at("kv_cache"), "fp8");
+  EXPECT_EQ(out.at("kv_cache"), "bf16");
   EXPECT_GT(out.at("weights_bytes").get<uint64_t>(), 3u << 20);
   EXPECT_LE(out.at("weights_bytes").get<uint64_t>(),
             std::filesystem::file_size(model_ + "/model.safetensors"));
@@ -97,6 +102,9 @@ TEST_F(Cli, GreedyIsRepeatable) {
   const std::vector<std::string> int8 =
       run_args({"--tokens", ids, "-n", "8", "--indexer-keys", "i8"});
   EXPECT_EQ(output_json(int8).size(), 8u);
+  const std::vector<std::string> fp8 = run_args({"--tokens", ids, "-n", "8", "--kv-cache", "fp8"});
+  EXPECT_EQ(output_json(fp8).size(), 8u);
+  EXPECT_EQ(output_json(fp8), output_json(fp8));
   EXPECT_EQ(output_json(int8), output_json(int8));
   EXPECT_EQ(output_json(run_args({"--tokens", ids, "-n", "1"})), Json::array({tokens[0]}));
   EXPECT_EQ(output(run_args({"--tokens", ids, "-n", "0"})), "[]\n");
@@ -238,6 +246,8 @@ TEST_F(Cli, WrongUseIsTwo) {
       {"run", "-m", model_, "-p", "x", "--indexer-keys", "int3"},
       {"run", "-m", model_, "-p", "x", "--indexer-keys"},
       {"bench", "-m", model_, "--indexer-keys", "f8"},
+      {"bench", "-m", model_, "--kv-cache", "fp16"},
+      {"run", "-m", model_, "-p", "x", "--kv-cache"},
       {"logits", "-m", model_, "--tokens", "x", "-o", "y", "--indexer-keys", "I8"},
       {"run", "-m", model_, "-p", "x", "--force", "matmul"},
       {"run", "-m", model_, "-p", "x", "--force", "matmull=ref"},

@@ -281,12 +281,60 @@ TEST_P(Equivalence, Int8IndexerKeysDoNotDependOnChunks) {
   }
 }
 
+// fp8 latents, of a model that has whole blocks of them: read back as they were written, whatever
+// the chunks and the device. Float32 rounding may carry a few elements over the border between two
+// e4m3 numbers, an eighth apart: far less than rounding them all does.
+TEST_P(Equivalence, Fp8LatentsDoNotDependOnChunks) {
+  ModelConfig config = small_config("FFSFS");
+  config.attention.kv_lora_rank = 128;
+  config = parse_config(config_json(config), "test");
+  const ModelSource source{config, synthetic_checkpoint(config, DType::kF32, kSeed), true};
+  const std::vector<int32_t> tokens = random_tokens(15, 100);
+  RunOptions options = small_options();
+  const Trace f32 = trace_of(source, options, tokens);
+  options.kv_cache = KvCacheType::kFp8;
+  const Trace whole = trace_of(source, options, tokens);
+  const double rounding = relative_error(whole.logits, f32.logits);
+  EXPECT_GT(rounding, 0.005) << "the option did nothing";
+  EXPECT_LT(rounding, 0.5);
+  const auto expect_few_borders = [&](const Trace& other) {
+    EXPECT_LE(relative_error(other.logits, whole.logits), rounding / 100);
+    EXPECT_EQ(other.positions, whole.positions);
+  };
+  for (const int64_t chunk : {7, 64}) {
+    SCOPED_TRACE(chunk);
+    options.batch_tokens = chunk;
+    options.num_threads = chunk == 7 ? 3 : 2;
+    expect_few_borders(trace_of(source, options, tokens));
+  }
+  options = small_options();
+  options.device = Device::kCpu;
+  options.kv_cache = KvCacheType::kFp8;
+  options.forced_ops["store_latent"] = "ref";
+  expect_few_borders(trace_of(source, options, tokens));
+  std::printf("fp8 latents move the logits by %.2e\n", rounding);
+}
+
+TEST_P(Equivalence, Fp8LatentsNeedWholeBlocks) {
+  RunOptions options = small_options();
+  options.kv_cache = KvCacheType::kFp8;
+  try {
+    Engine impossible(small_source(), options);
+    FAIL() << "36 latent elements have no block of 128";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("kv_lora_rank is 36, expected a multiple of 128"),
+              std::string::npos)
+        << error.what();
+  }
+}
+
 // Every implementation of the heavy ops carries the whole model to the same answer.
 TEST_P(Equivalence, ImplementationsAgree) {
   const ModelSource source = small_source("FFSFS");
   const std::vector<int32_t> tokens = random_tokens(11);
-  const std::vector<const char*> ops = {"matmul",   "index_select", "sparse_mla",
-                                        "rms_norm", "rope",         "silu_mul"};
+  const std::vector<const char*> ops = {"matmul",       "index_select",   "sparse_mla",
+                                        "rms_norm",     "rope",           "silu_mul",
+                                        "store_latent", "store_index_key"};
   RunOptions reference = small_options();
   reference.device = Device::kCpu;
   for (const char* op : ops) reference.forced_ops[op] = "ref";

@@ -87,8 +87,8 @@ std::vector<TextScore> score_text(const std::vector<Variant>& variants,
   std::deque<Lane> lanes;
   for (const Variant& variant : variants) {
     const Model& model = variant.engine->model;
-    const DType keys = indexer_dtype(model.config, model.compute, variant.engine->options);
-    lanes.push_back({&variant, KvCache(cache_shape(model.config, variant.plan, model.compute, keys,
+    const CacheTypes types = cache_types(model.config, model.compute, variant.engine->options);
+    lanes.push_back({&variant, KvCache(cache_shape(model.config, variant.plan, types,
                                                    ceil_div(length, kPageTokens)),
                                        variant.engine->exec.device)});
     chunk = std::min(chunk, variant.engine->activations.max_tokens);

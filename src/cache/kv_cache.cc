@@ -8,6 +8,8 @@ namespace indexcache {
 namespace {
 
 int64_t latent_row_bytes(const KvCacheShape& shape) {
+  if (shape.dtype == DType::kF8E4M3)
+    return fp8_latent_bytes(shape.latent_fp8_elements, shape.latent_elements);
   return paged_row_bytes(shape.dtype, shape.latent_elements);
 }
 
@@ -26,7 +28,9 @@ int64_t cache_bytes_per_token(const KvCacheShape& shape) {
 }
 
 KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
-  CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16);
+  CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16 || shape.dtype == DType::kF8E4M3);
+  CHECK_EQ(shape.latent_fp8_elements > 0, shape.dtype == DType::kF8E4M3);
+  CHECK_EQ(shape.latent_fp8_elements % kFp8Block, 0);
   CHECK(shape.indexer_dtype == DType::kF32 || shape.indexer_dtype == DType::kBF16 ||
         rows_have_scales(shape.indexer_dtype));
   CHECK_GE(shape.num_pages, 0);
@@ -44,8 +48,12 @@ KvCache::KvCache(const KvCacheShape& shape, Device device) : shape_(shape) {
 }
 
 PagedRows KvCache::latent(int layer) {
-  return {shape_.dtype, shape_.latent_elements, kPageTokens * latent_row_bytes(shape_),
-          latent_[static_cast<size_t>(layer)].data(), shape_.num_pages};
+  return {shape_.dtype,
+          shape_.latent_elements,
+          kPageTokens * latent_row_bytes(shape_),
+          latent_[static_cast<size_t>(layer)].data(),
+          shape_.num_pages,
+          shape_.latent_fp8_elements};
 }
 
 PagedRows KvCache::indexer_keys(int layer) {

@@ -10,8 +10,8 @@
 // free when the last one lets go. Only full pages are ever shared, and a full page is never written
 // again, so nothing is copied on write.
 //
-// Bytes a token: num_layers * latent_elements * its element size + num_full * (indexer_elements *
-// theirs, and 4 for the scale of an int8 or e4m3 row).
+// Bytes a token: num_layers * latent_elements * its element size (in fp8: fp8_latent_bytes()) +
+// num_full * (indexer_elements * theirs, and 4 for the scale of an int8 or e4m3 row).
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ struct KvCacheShape {
   std::vector<bool> layer_is_full;    // one a layer
   int64_t latent_elements = 0;        // kv_lora_rank + qk_rope_head_dim
   int64_t indexer_elements = 0;       // index_head_dim
-  DType dtype = DType::kF32;          // of the latent: kF32 or kBF16
+  DType dtype = DType::kF32;          // of the latent: kF32, kBF16 or kF8E4M3
+  int64_t latent_fp8_elements = 0;    // with kF8E4M3: kv_lora_rank, a multiple of kFp8Block
   DType indexer_dtype = DType::kF32;  // of the indexer keys: kF32, kBF16, kI8 or kF8E4M3
   int64_t num_pages = 0;
 };

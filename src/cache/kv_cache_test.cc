@@ -2,10 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <set>
 
 #include "base/rng.h"
+#include "ops/kit/fp8_rows.h"
+#include "ops/kit/store_row.h"
 
 namespace indexcache {
 namespace {
@@ -48,10 +51,52 @@ TEST(KvCache, Int8IndexerKeysHaveAScaleEach) {
   }
 }
 
+// The layout that other engines call fp8_ds_mla.
+TEST(KvCache, Fp8LatentRowsHoldTheirScales) {
+  KvCacheShape shape = shape_of(2);
+  shape.latent_elements = 512 + 64;
+  shape.dtype = DType::kF8E4M3;
+  shape.latent_fp8_elements = 512;
+  EXPECT_EQ(cache_bytes_per_token(shape), 3 * 656 + 2 * 2 * 8);
+  KvCache cache(shape, Device::kCpu);
+  const PagedRows rows = cache.latent(1);
+  EXPECT_EQ(rows.dtype, DType::kF8E4M3);
+  EXPECT_EQ(rows.fp8_elements, 512);
+  EXPECT_EQ(rows.page_bytes, 64 * 656);
+  const int32_t pages[] = {1, 0};
+  EXPECT_EQ(rows.row(pages, 1) - rows.row(pages, 0), 656);
+  EXPECT_EQ(rows.row(pages, 64), rows.base);
+
+  std::vector<float> x(576);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 128) - 60;
+  for (size_t i = 128; i < 256; ++i) x[i] *= 7;
+  x[512] = 0.7001f;
+  store_row(rows, pages, 65, x.data());
+  const uint8_t* row = rows.base + 656;
+  const float* scales = reinterpret_cast<const float*>(row + 512);
+  EXPECT_EQ(scales[0], 67.0f / 448);
+  EXPECT_EQ(scales[1], 469.0f / 448);
+  EXPECT_EQ(row[127], 0x7E) << "the largest of its block is 448";
+  EXPECT_EQ(row[60], 0);
+  EXPECT_EQ(*reinterpret_cast<const uint16_t*>(row + 528), f32_to_bf16(0.7001f));
+  for (int64_t i = 0; i < 576; ++i) {
+    const float size = std::abs(x[static_cast<size_t>(i)]);
+    EXPECT_NEAR(fp8_latent_element(rows, row, i), x[static_cast<size_t>(i)], size / 16 + 0.01f)
+        << i;
+  }
+  shape.latent_fp8_elements = 500;
+  EXPECT_DEATH(KvCache(shape, Device::kCpu), "latent_fp8_elements");
+}
+
 TEST(KvCache, CopiesPagesOfEveryPool) {
-  for (const DType keys : {DType::kBF16, DType::kF8E4M3}) {
+  for (const DType type : {DType::kBF16, DType::kF8E4M3}) {
     KvCacheShape shape = shape_of(9);
-    shape.indexer_dtype = keys;
+    shape.indexer_dtype = type;
+    if (type == DType::kF8E4M3) {
+      shape.dtype = type;
+      shape.latent_elements = 128 + 6;
+      shape.latent_fp8_elements = 128;
+    }
     KvCache cache(shape, Device::kCpu);
     Exec exec(1);
     const std::vector<PagedRows> pools = {cache.latent(0), cache.latent(1), cache.latent(2),

@@ -48,6 +48,7 @@ int inspect(const InspectFlags& flags) {
   const IndexPlan plan = plan_in_force(config, laid.layer_has_indexer, options, laid.where);
   const Compute compute = resolve_compute(specs, options.compute);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
+  const CacheTypes cached = cache_types(config, compute, options);
 
   std::map<std::string, uint64_t> bytes_by_type;
   uint64_t parameters = 0;
@@ -76,7 +77,8 @@ int inspect(const InspectFlags& flags) {
                 {"available_bytes",
                  options.device == Device::kCuda ? cuda_free_bytes() : available_memory_bytes()},
                 {"compute", compute_name(compute)},
-                {"indexer_keys", indexer_keys_name(indexer_dtype(config, compute, options))},
+                {"kv_cache", cached_name(cached.latent)},
+                {"indexer_keys", cached_name(cached.indexer_keys)},
                 {"tensors", specs.size()}};
     for (const auto& [type, bytes] : bytes_by_type) out["bytes_by_dtype"][type] = bytes;
     if (laid.adapter) out["indexers"] = options.indexers;

@@ -68,6 +68,12 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
       ->check(CLI::IsMember({"auto", "cache", "i8", "fp8"}))
       ->capture_default_str();
   command
+      ->add_option("--kv-cache", flags->kv_cache,
+                   "Latent KV in the cache: auto (the type of --dtype) or fp8 (e4m3 with a scale "
+                   "for each 128, 57% of bf16; for GPUs, slow on a CPU); answers differ a little")
+      ->check(CLI::IsMember({"auto", "fp8"}))
+      ->capture_default_str();
+  command
       ->add_option("--force", flags->forced,
                    "Force an implementation, as matmul=ref (for bisection)")
       ->check(check_forced);
@@ -90,6 +96,7 @@ RunOptions run_options(const CommonFlags& flags) {
   if (flags.indexer_keys == "i8") options.indexer_keys = IndexerKeys::kI8;
   if (flags.indexer_keys == "fp8") options.indexer_keys = IndexerKeys::kFp8;
   if (flags.indexer_keys == "cache") options.indexer_keys = IndexerKeys::kCacheType;
+  if (flags.kv_cache == "fp8") options.kv_cache = KvCacheType::kFp8;
   for (const std::string& text : flags.forced) {
     const size_t equals = text.find('=');
     options.forced_ops[text.substr(0, equals)] = text.substr(equals + 1);

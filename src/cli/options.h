@@ -16,6 +16,7 @@ struct CommonFlags {
   std::string device = "cpu";
   std::string dtype = "auto";
   std::string indexer_keys = "auto";
+  std::string kv_cache = "auto";
   std::vector<std::string> forced;  // op=implementation
   RunOptions run;
 };

@@ -30,7 +30,7 @@ std::string memory_line(const Engine& engine, int64_t num_tokens) {
 
 const char* compute_name(Compute compute) { return compute == Compute::kBF16 ? "bf16" : "f32"; }
 
-const char* indexer_keys_name(DType dtype) {
+const char* cached_name(DType dtype) {
   return dtype == DType::kI8       ? "i8"
          : dtype == DType::kF8E4M3 ? "fp8"
          : dtype == DType::kBF16   ? "bf16"
@@ -39,10 +39,10 @@ const char* indexer_keys_name(DType dtype) {
 
 void print_engine(const Engine& engine) {
   const Model& model = engine.model;
-  info("model: {}, {} layers, index_topk {}, {}, indexer keys {}",
+  info("model: {}, {} layers, index_topk {}, {}, latent KV {}, indexer keys {}",
        model_type_name(model.config.model_type), model.config.num_hidden_layers,
        model.config.indexer.index_topk, compute_name(model.compute),
-       indexer_keys_name(engine.cache.shape().indexer_dtype));
+       cached_name(engine.cache.shape().dtype), cached_name(engine.cache.shape().indexer_dtype));
   info("plan: {} ({} full of {})", to_string(model.plan), model.plan.num_full(),
        model.plan.num_layers());
   if (engine.adapter) {

@@ -77,6 +77,8 @@ Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choi
   return Compute::kBF16;
 }
 
+namespace {
+
 DType indexer_dtype(const ModelConfig& config, Compute compute, const RunOptions& options) {
   const IndexerConfig& indexer = config.indexer;
   switch (options.indexer_keys) {
@@ -93,6 +95,19 @@ DType indexer_dtype(const ModelConfig& config, Compute compute, const RunOptions
       options.device == Device::kCuda && compute == Compute::kBF16 && first_gpu_is_hopper() &&
       index_select_hopper_takes(indexer.index_n_heads, indexer.index_head_dim, indexer.index_topk);
   return hopper ? DType::kF8E4M3 : cache_dtype(compute);
+}
+
+}  // namespace
+
+CacheTypes cache_types(const ModelConfig& config, Compute compute, const RunOptions& options) {
+  CacheTypes types{cache_dtype(compute), indexer_dtype(config, compute, options)};
+  if (options.kv_cache == KvCacheType::kAuto) return types;
+  if (const int64_t rank = config.attention.kv_lora_rank; rank % kFp8Block != 0) {
+    fail("fp8 latent KV was asked for, but kv_lora_rank is {}, expected a multiple of {}", rank,
+         kFp8Block);
+  }
+  types.latent = DType::kF8E4M3;
+  return types;
 }
 
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
@@ -113,14 +128,14 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>&
   memory.context = resolve_context(config, options.context);
   memory.cache_tokens = resolve_cache_tokens(options.cache_tokens, memory.context);
   const int64_t pages = ceil_div(memory.cache_tokens, kPageTokens);
-  const DType keys = indexer_dtype(config, compute, options);
-  memory.cache_bytes_per_token =
-      cache_bytes_per_token(cache_shape(config, plan, compute, keys, pages));
+  const CacheTypes types = cache_types(config, compute, options);
+  memory.cache_bytes_per_token = cache_bytes_per_token(cache_shape(config, plan, types, pages));
   memory.cache_bytes = static_cast<uint64_t>(memory.cache_bytes_per_token * pages * kPageTokens);
   const int64_t batch_tokens = std::min(options.batch_tokens, memory.context);
   memory.activation_bytes = activation_bytes(config, batch_tokens, options.device);
   if (options.device == Device::kCuda)
-    memory.workspace_bytes = gpu_workspace_bytes(config, keys, batch_tokens, memory.context);
+    memory.workspace_bytes =
+        gpu_workspace_bytes(config, types.indexer_keys, batch_tokens, memory.context);
   memory.weights_bytes = used_weight_bytes(specs, config, plan);
   memory.owned_bytes = owned_weight_bytes(specs, config, compute);
   return memory;
@@ -200,8 +215,7 @@ Engine::Engine(const ModelSource& source, const RunOptions& options_in)
     : model(bind_model(source, options_in, &memory, &adapter)),
       options(options_in),
       exec(options.num_threads > 0 ? options.num_threads : num_usable_cpus(), options.device),
-      cache(cache_shape(model.config, model.plan, model.compute,
-                        indexer_dtype(model.config, model.compute, options),
+      cache(cache_shape(model.config, model.plan, cache_types(model.config, model.compute, options),
                         ceil_div(memory.cache_tokens, kPageTokens)),
             options.device),
       activations(model.config, std::min(options.batch_tokens, memory.context), options.device) {

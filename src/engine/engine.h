@@ -21,6 +21,8 @@ namespace indexcache {
 enum class ComputeChoice { kAuto, kF32, kBF16 };
 // auto: e4m3 where Hopper's kernels take them (bf16 models), else in the cache's type.
 enum class IndexerKeys { kAuto, kCacheType, kI8, kFp8 };
+// Of the latent KV. auto: the type that products use.
+enum class KvCacheType { kAuto, kFp8 };
 
 struct RunOptions {
   Device device = Device::kCpu;
@@ -35,6 +37,7 @@ struct RunOptions {
   bool dense = false;          // every query selects all that it sees: index_topk is the context
   ComputeChoice compute = ComputeChoice::kAuto;  // auto: f32 for an f32 checkpoint, else bf16
   IndexerKeys indexer_keys = IndexerKeys::kAuto;
+  KvCacheType kv_cache = KvCacheType::kAuto;
   bool check_tensors = false;  // refuse a checkpoint with NaN or infinity
   std::map<std::string, std::string> forced_ops;
 };
@@ -100,8 +103,8 @@ struct Engine {
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where);
 Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
-DType indexer_dtype(const ModelConfig& config, Compute compute,
-                    const RunOptions& options);  // in the cache
+// What the cache holds. Error for fp8 latents of a model whose kv_lora_rank has no whole blocks.
+CacheTypes cache_types(const ModelConfig& config, Compute compute, const RunOptions& options);
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 

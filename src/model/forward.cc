@@ -206,7 +206,8 @@ void Pass::attend(const LayerWeights& w, int layer) {
                     .counts = a.counts,
                     .k = config().indexer.index_topk,
                     .out = a.attended,
-                    .device_seqs = a.device_seqs});
+                    .device_seqs = a.device_seqs,
+                    .f32_products = model.compute == Compute::kF32});
   const Rows value = either(a.value, heads * v);
   std::vector<MatmulGroup> to_values;
   for (int64_t h = 0; h < heads; ++h) {
@@ -430,15 +431,16 @@ DType cache_dtype(Compute compute) {
   return compute == Compute::kBF16 ? DType::kBF16 : DType::kF32;
 }
 
-KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute,
-                         DType indexer_dtype, int64_t num_pages) {
+KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, CacheTypes types,
+                         int64_t num_pages) {
   KvCacheShape shape;
   for (int layer = 0; layer < plan.num_layers(); ++layer)
     shape.layer_is_full.push_back(plan.is_full(layer));
   shape.latent_elements = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim;
   shape.indexer_elements = config.indexer.index_head_dim;
-  shape.dtype = cache_dtype(compute);
-  shape.indexer_dtype = indexer_dtype;
+  shape.dtype = types.latent;
+  if (types.latent == DType::kF8E4M3) shape.latent_fp8_elements = config.attention.kv_lora_rank;
+  shape.indexer_dtype = types.indexer_keys;
   shape.num_pages = num_pages;
   return shape;
 }

@@ -29,8 +29,12 @@ struct Model {
 
 // The cache type that goes with a compute type.
 DType cache_dtype(Compute compute);
-KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, Compute compute,
-                         DType indexer_dtype, int64_t num_pages);
+struct CacheTypes {
+  DType latent = DType::kF32;  // kF32, kBF16, or kF8E4M3 (kv_lora_rank a multiple of 128)
+  DType indexer_keys = DType::kF32;
+};
+KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, CacheTypes types,
+                         int64_t num_pages);
 
 struct BatchSequence {
   SequenceCache* cache = nullptr;   // with pages reserved for its tokens and the new ones

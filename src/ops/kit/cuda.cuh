@@ -193,6 +193,16 @@ __device__ __forceinline__ uint8_t quantised_fp8(float x, float scale) {
   return f32_to_f8e4m3_bits(x / scale);
 }
 
+// Element e of a latent row in fp8 (ops/kit/paged.h).
+__device__ __forceinline__ float fp8_latent_at(const uint8_t* row, int fp8_elements, int e) {
+  const uint8_t* scales = row + fp8_elements;
+  if (e < fp8_elements)
+    return f8e4m3_bits_to_f32(row[e]) *
+           reinterpret_cast<const float*>(scales)[e / static_cast<int>(kFp8Block)];
+  const uint8_t* rest = scales + fp8_elements / static_cast<int>(kFp8Block) * 4;
+  return bf16_bits_to_f32(reinterpret_cast<const uint16_t*>(rest)[e - fp8_elements]);
+}
+
 // --- tokens of a ragged batch ---
 
 // The run that row `token` belongs to: the last one that begins at or before it.

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "tensor/dtype.h"
+#include "ops/kit/paged.h"
 
 namespace indexcache {
 
@@ -27,6 +27,15 @@ inline float quantise_fp8_row(const float* x, int64_t n, uint8_t* y) {
   const float scale = finite ? largest / 448 : std::numeric_limits<float>::quiet_NaN();
   for (int64_t i = 0; i < n; ++i) y[i] = scale > 0 ? f32_to_f8e4m3(x[i] / scale) : 0;
   return scale;
+}
+
+// What element i of a latent row in fp8 means, in f32.
+inline float fp8_latent_element(const PagedRows& rows, const uint8_t* row, int64_t i) {
+  const uint8_t* scales = row + rows.fp8_elements;
+  if (i < rows.fp8_elements)
+    return f8e4m3_to_f32(row[i]) * reinterpret_cast<const float*>(scales)[i / kFp8Block];
+  const uint8_t* rest = scales + rows.fp8_elements / kFp8Block * 4;
+  return bf16_to_f32(reinterpret_cast<const uint16_t*>(rest)[i - rows.fp8_elements]);
 }
 
 }  // namespace indexcache

@@ -11,22 +11,37 @@ namespace indexcache {
 
 inline constexpr int64_t kPageTokens = 64;
 
+inline constexpr int64_t kFp8Block = 128;  // elements of a latent row in fp8 with one scale
+
+// Bytes of a latent row in fp8 of which the first fp8_elements are e4m3.
+inline int64_t fp8_latent_bytes(int64_t fp8_elements, int64_t row_elements) {
+  return fp8_elements + fp8_elements / kFp8Block * 4 + (row_elements - fp8_elements) * 2;
+}
+
 // One pool of rows, e.g. the latent KV of one layer. Row of position p of a sequence with page
-// table `pages`: page = pages[p / 64], address = base + page * page_bytes + (p % 64) * row_elements
-// * sizeof(dtype).
+// table `pages`: page = pages[p / 64], address = base + page * page_bytes + (p % 64) * row_bytes().
 //
 // int8 and e4m3 rows (ops/kit/int8_rows.h, fp8_rows.h) have a scale each, after the rows of the
 // page: a page is [64][row_elements] of one byte, then [64] f32.
+//
+// Latent rows in fp8 are e4m3 rows with fp8_elements > 0, and their scales lie in them: so many
+// e4m3, a f32 scale for each 128 of these (as fp8_rows.h makes it), then the row's other elements
+// in bf16. That is 656 bytes for 512 + 64.
 struct PagedRows {
   DType dtype = DType::kF32;  // kF32, kBF16, kI8 or kF8E4M3; an op says which it takes
   int64_t row_elements = 0;
   int64_t page_bytes = 0;
   uint8_t* base = nullptr;
-  int64_t num_pages = 0;  // of the pool
+  int64_t num_pages = 0;     // of the pool
+  int64_t fp8_elements = 0;  // a multiple of kFp8Block
 
+  int64_t row_bytes() const {  // without a scale behind the rows
+    return fp8_elements > 0 ? fp8_latent_bytes(fp8_elements, row_elements)
+                            : row_elements * dtype_bytes(dtype);
+  }
   uint8_t* row(const int32_t* pages, int64_t position) const {
     return base + pages[position / kPageTokens] * page_bytes +
-           (position % kPageTokens) * row_elements * dtype_bytes(dtype);
+           (position % kPageTokens) * row_bytes();
   }
   // Of a row that has one. Pages lie so that it is aligned.
   float* scale(const int32_t* pages, int64_t position) const {

@@ -82,7 +82,8 @@ struct ScatteredCache {
       num_tokens += span.num_tokens;
     }
     for (size_t s = 0; s < seqs.size(); ++s) seqs[s].pages = pages[s].data();
-    rows.page_bytes = kPageTokens * paged_row_bytes(rows.dtype, rows.row_elements) + 32;
+    const bool scales_behind = rows_have_scales(rows.dtype) && rows.fp8_elements == 0;
+    rows.page_bytes = kPageTokens * (rows.row_bytes() + (scales_behind ? 4 : 0)) + 32;
     pool.assign(static_cast<size_t>(num_pages * rows.page_bytes), kPoison);
     rows.base = pool.data();
     rows.num_pages = num_pages;
@@ -101,6 +102,15 @@ struct ScatteredCache {
         const int64_t position = seq.first_position + i, n = rows.row_elements;
         const float* x = y[static_cast<size_t>(seq.token_begin + i)].data();
         uint8_t* row = to.row(seq.pages, position);
+        if (rows.fp8_elements > 0) {
+          const int64_t fp8 = rows.fp8_elements;
+          float* scales = reinterpret_cast<float*>(row + fp8);
+          for (int64_t e = 0; e < fp8; e += kFp8Block)
+            scales[e / kFp8Block] = nearest_fp8_row(x + e, kFp8Block, row + e);
+          uint16_t* rest = reinterpret_cast<uint16_t*>(scales + fp8 / kFp8Block);
+          for (int64_t e = fp8; e < n; ++e) rest[e - fp8] = f32_to_bf16(x[e]);
+          continue;
+        }
         if (rows_have_scales(rows.dtype)) {
           *to.scale(seq.pages, position) =
               rows.dtype == DType::kI8 ? nearest_int8_row(x, n, row) : nearest_fp8_row(x, n, row);

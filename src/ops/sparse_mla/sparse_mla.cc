@@ -103,7 +103,10 @@ void run_kernel(Exec& exec, const SparseMlaArgs& args, const Kernel& kernel) {
 
 #define INDEXCACHE_SPARSE_MLA_IMPL(isa, feature)                                 \
   {                                                                              \
-#isa, [](const SparseMlaArgs&) { return cpu_features().feature; },             \
+#isa,                                                                          \
+        [](const SparseMlaArgs& args) {                                            \
+          return cpu_features().feature && args.rows.dtype != DType::kF8E4M3;      \
+        },                                                                         \
         [](Exec& exec, const SparseMlaArgs& args) {                                \
           run_kernel(exec, args,                                                   \
                      {isa::sparse_mla_scratch_bytes, isa::sparse_mla_span,         \
@@ -133,7 +136,10 @@ void check_contract(Device device, const SparseMlaArgs& args) {
   CHECK_GE(args.rows.row_elements, args.value_dim);
   CHECK_EQ(args.rows.row_elements % 2, 0);
   CHECK(std::isfinite(args.scale));
-  CHECK(args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kBF16);
+  CHECK(args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kBF16 ||
+        args.rows.dtype == DType::kF8E4M3);
+  CHECK_EQ(args.rows.fp8_elements, args.rows.dtype == DType::kF8E4M3 ? args.value_dim : 0);
+  CHECK_EQ(args.rows.fp8_elements % kFp8Block, 0);
   CHECK_GE(args.k, 1);
   int64_t num_tokens = 0;
   for (const SeqSpan& seq : args.seqs) {
@@ -181,8 +187,7 @@ Cost sparse_mla_cost(Device device, const SparseMlaArgs& args) {
   }
   const double dims = static_cast<double>(args.rows.row_elements + args.value_dim);
   const double heads = static_cast<double>(args.num_heads);
-  const double row_bytes =
-      static_cast<double>(args.rows.row_elements * dtype_bytes(args.rows.dtype));
+  const double row_bytes = static_cast<double>(args.rows.row_bytes());
   // q and out in f32, each selected row, and its position.
   return {2 * heads * dims * pairs, 4 * tokens * heads * dims + pairs * (row_bytes + 4)};
 }

@@ -14,20 +14,24 @@
 //
 // Sizes. 1 to 128 heads; value_dim and row_elements even, row_elements >= value_dim.
 //
-// Types. q and out f32; rows f32 or bf16. With bf16 rows, q and the softmax weights may be rounded
-// to bf16 before their products, and bf16 numbers below 2^-126 taken for 0; sums and the softmax
-// itself are f32.
+// Types. q and out f32; rows f32, bf16, or fp8 with value_dim fp8_elements (ops/kit/paged.h), whose
+// elements are e4m3 times scale in f32. With bf16 rows, q and the softmax weights may be rounded to
+// bf16 before their products, and bf16 numbers below 2^-126 taken for 0; with fp8 rows so may these
+// and the elements, unless f32_products is set; sums and the softmax itself are f32. fp8 rows are
+// made for GPUs: the CPU has ref alone for them.
 //
-// Tolerance against ref (double), to first order. With u = 2^-24, r = 2^-9 for bf16 rows and 0 for
-// f32, A = max_s |scale| sum_i |q_i row_si| of the head, and R = max_s |row_sd|:
+// Tolerance against ref (double), to first order. With u = 2^-24, r = 2^-9 for bf16 rows, 2^-8 for
+// fp8 rows and 0 for f32 rows or with f32_products, A = max_s |scale| sum_i |q_i row_si| of the
+// head, and R = max_s |row_sd|:
 //
 //   |out_d - ref_d| <= R (min(D, 2) + r + (3 count + 32) u),   D = (r + (row_elements + 4) u) A.
 //
-// D bounds the error of a score: q rounded once, row_elements products summed, scaled, and the
-// maximum (at most A as well) subtracted. Softmax of scores off by at most D differs by at most
-// 2 tanh(D / 2) <= min(D, 2) in the sum of absolute differences, so an output by that times R. The
-// weights, which sum to 1, are rounded to bf16 once: r. The rest is f32: exp and its rescaling
-// between blocks (2^-22 each), the sum of the weights, the weighted sum, the division.
+// D bounds the error of a score: q, and elements of fp8 rows, rounded once, row_elements products
+// summed, scaled, and the maximum (at most A as well) subtracted. Softmax of scores off by at most
+// D differs by at most 2 tanh(D / 2) <= min(D, 2) in the sum of absolute differences, so an output
+// by that times R. The weights, which sum to 1, are rounded to bf16 once, as are elements of fp8
+// rows: r. The rest is f32: exp and its rescaling between blocks (2^-22 each), the sum of the
+// weights, the weighted sum, the division.
 //
 // Determinism. The same arguments give the same bits with any number of threads. How a token's
 // selection is split depends on the number of tokens in the call, so a batch equals its tokens one
@@ -56,6 +60,7 @@ struct SparseMlaArgs {
   int64_t k = 0;
   float* out = nullptr;                  // [num_tokens, num_heads, value_dim]
   const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
+  bool f32_products = false;             // round nothing that fp8 rows meet
 };
 
 void sparse_mla(Exec& exec, const SparseMlaArgs& args);

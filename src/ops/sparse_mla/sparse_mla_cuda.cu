@@ -3,7 +3,8 @@
 // kernel merges them.
 //
 // "cuda" takes any sizes, in f32 arithmetic, 16 heads and 16 rows at a time. "cuda_mma" takes bf16
-// rows with the value_dim of published models, 32 heads and 32 rows at a time on tensor cores.
+// and fp8 rows with the value_dim of published models, 32 heads and 32 rows at a time on tensor
+// cores.
 //
 // Of a token 2 H (row_elements + value_dim) flops for each selected row, which is read once for
 // each 16 or 32 heads.
@@ -26,6 +27,7 @@ struct Attention {
   int64_t num_heads, value_dim, row_elements, k;
   float scale;
   PagedRows rows;
+  int64_t row_bytes;
   const SeqSpan* seqs;
   int num_seqs;
   const int32_t* positions;
@@ -73,7 +75,6 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(Attention a) {
   }
   const SeqSpan& seq = a.seqs[find_seq(a.seqs, a.num_seqs, token)];
   const int32_t* positions = a.positions + token * a.k;
-  const int64_t row_bytes = a.row_elements * (dtype == DType::kF32 ? 4 : 2);
 
   const int my_head = thread / kRows, my_row = thread % kRows;  // for scores
   float max = minus_infinity(), sum = 0;
@@ -83,11 +84,16 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(Attention a) {
     for (int i = thread; i < kRows * static_cast<int>(a.row_elements); i += kThreads) {
       const int row = i / static_cast<int>(a.row_elements),
                 e = i % static_cast<int>(a.row_elements);
-      rows[row * stride + e] =
-          first + row < end
-              ? element_at<dtype>(paged_row(a.rows, row_bytes, seq.pages, positions[first + row]),
-                                  e)
-              : 0.0f;
+      float value = 0;
+      if (first + row < end) {
+        const uint8_t* from = paged_row(a.rows, a.row_bytes, seq.pages, positions[first + row]);
+        if constexpr (dtype == DType::kF8E4M3) {
+          value = fp8_latent_at(from, static_cast<int>(a.value_dim), e);
+        } else {
+          value = element_at<dtype>(from, e);
+        }
+      }
+      rows[row * stride + e] = value;
     }
     __syncthreads();
     float dot = 0;
@@ -159,7 +165,27 @@ struct MmaShared {
   float rescale[kMmaHeads], total[kMmaHeads];
 };
 
-template <int kTiles>  // of 8 columns a warp: value_dim / 64
+// Elements e to e + 7 of a row in fp8, which is a multiple of 4 bytes, as bf16.
+__device__ __forceinline__ uint4 dequantised_8(const uint8_t* row, int fp8_elements, int e) {
+  const uint8_t* scales = row + fp8_elements;
+  if (e >= fp8_elements) {
+    const auto* from = reinterpret_cast<const uint32_t*>(
+        scales + fp8_elements / static_cast<int>(kFp8Block) * 4 + 2 * (e - fp8_elements));
+    return make_uint4(from[0], from[1], from[2], from[3]);
+  }
+  const float scale = reinterpret_cast<const float*>(scales)[e / static_cast<int>(kFp8Block)];
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(row + e);
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t two = from[i / 2] >> (i % 2 * 16);
+    pairs[i] = bf16_pair(f8e4m3_bits_to_f32(two & 0xFF) * scale,
+                         f8e4m3_bits_to_f32(two >> 8 & 0xFF) * scale);
+  }
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+template <int kTiles, bool kFp8>  // kTiles: of 8 columns a warp, value_dim / 64
 __global__ void __launch_bounds__(kThreads, 2) attend_mma_kernel(Attention a) {
   wait_for_previous();
   const int64_t token = blockIdx.x / a.num_parts, part = blockIdx.x % a.num_parts;
@@ -198,8 +224,12 @@ __global__ void __launch_bounds__(kThreads, 2) attend_mma_kernel(Attention a) {
       const int row = i / chunks, e = i % chunks * 8;
       uint16_t* to = rows + row * stride + e;
       if (first + row < end) {
-        copy_16_bytes_async(
-            to, paged_row(a.rows, 2 * a.row_elements, seq.pages, positions[first + row]) + 2 * e);
+        const uint8_t* from = paged_row(a.rows, a.row_bytes, seq.pages, positions[first + row]);
+        if constexpr (kFp8) {
+          *reinterpret_cast<uint4*>(to) = dequantised_8(from, static_cast<int>(a.value_dim), e);
+        } else {
+          copy_16_bytes_async(to, from + 2 * e);
+        }
       } else {
         *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
       }
@@ -377,6 +407,7 @@ void attend(Exec& exec, const SparseMlaArgs& args, void (*kernel)(Attention), in
   a.k = args.k;
   a.scale = args.scale;
   a.rows = args.rows;
+  a.row_bytes = args.rows.row_bytes();
   a.seqs = args.device_seqs;
   a.num_seqs = static_cast<int>(args.seqs.size());
   a.positions = args.positions;
@@ -413,20 +444,26 @@ bool sparse_mla_cuda_supported(const SparseMlaArgs& args) {
 
 void sparse_mla_cuda(Exec& exec, const SparseMlaArgs& args) {
   attend(exec, args,
-         args.rows.dtype == DType::kF32 ? attend_kernel<DType::kF32> : attend_kernel<DType::kBF16>,
+         args.rows.dtype == DType::kF32    ? attend_kernel<DType::kF32>
+         : args.rows.dtype == DType::kBF16 ? attend_kernel<DType::kBF16>
+                                           : attend_kernel<DType::kF8E4M3>,
          kHeads, ceil_div(args.value_dim, int64_t{kValues}), shared_bytes(args.rows.row_elements));
 }
 
 bool sparse_mla_cuda_mma_supported(const SparseMlaArgs& args) {
-  return args.rows.dtype == DType::kBF16 && (args.value_dim == 512 || args.value_dim == 128) &&
-         args.rows.row_elements % 16 == 0 && args.rows.page_bytes % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(args.rows.base) % 16 == 0 &&
+  const bool fp8 = args.rows.dtype == DType::kF8E4M3 && !args.f32_products;
+  return (args.rows.dtype == DType::kBF16 || fp8) &&
+         (args.value_dim == 512 || args.value_dim == 128) && args.rows.row_elements % 16 == 0 &&
+         args.rows.page_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows.base) % 16 == 0 &&
          mma_shared_bytes(args.rows.row_elements) <= kSharedLimit;
 }
 
 void sparse_mla_cuda_mma(Exec& exec, const SparseMlaArgs& args) {
-  attend(exec, args, args.value_dim == 512 ? attend_mma_kernel<8> : attend_mma_kernel<2>, kMmaHeads,
-         1, mma_shared_bytes(args.rows.row_elements));
+  const bool fp8 = args.rows.dtype == DType::kF8E4M3;
+  attend(exec, args,
+         args.value_dim == 512 ? (fp8 ? attend_mma_kernel<8, true> : attend_mma_kernel<8, false>)
+                               : (fp8 ? attend_mma_kernel<2, true> : attend_mma_kernel<2, false>),
+         kMmaHeads, 1, mma_shared_bytes(args.rows.row_elements));
 }
 
 }  // namespace indexcache

@@ -10,7 +10,10 @@ namespace indexcache {
 
 bool sparse_mla_hopper_supported(const SparseMlaArgs& args) {
   const PagedRows& rows = args.rows;
-  return first_gpu_is_hopper() && rows.dtype == DType::kBF16 &&
+  // fp8 rows are found by their distance in 16 bytes.
+  const bool fp8 = rows.dtype == DType::kF8E4M3 && !args.f32_products &&
+                   rows.num_pages * (rows.page_bytes / 16) < int64_t{UINT32_MAX};
+  return first_gpu_is_hopper() && (rows.dtype == DType::kBF16 || fp8) &&
          args.value_dim == sm90::kLatentDim && rows.row_elements == sm90::kLatentRow &&
          rows.page_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(rows.base) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(args.q) % 16 == 0;
@@ -27,6 +30,7 @@ void sparse_mla_hopper(Exec& exec, const SparseMlaArgs& args) {
   a.num_heads = static_cast<int>(args.num_heads);
   a.scale = args.scale;
   a.rows = args.rows.base;
+  a.rows_are_fp8 = args.rows.dtype == DType::kF8E4M3;
   a.page_bytes = args.rows.page_bytes;
   a.seqs = args.device_seqs;
   a.num_seqs = static_cast<int>(args.seqs.size());

@@ -5,12 +5,14 @@
 #include <limits>
 #include <vector>
 
+#include "ops/kit/fp8_rows.h"
 #include "ops/sparse_mla/sparse_mla_impl.h"
 
 namespace indexcache {
 namespace {
 
 double element(const PagedRows& rows, const uint8_t* row, int64_t i) {
+  if (rows.dtype == DType::kF8E4M3) return fp8_latent_element(rows, row, i);
   return rows.dtype == DType::kBF16 ? bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[i])
                                     : reinterpret_cast<const float*>(row)[i];
 }

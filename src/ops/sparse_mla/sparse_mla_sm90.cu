@@ -13,149 +13,27 @@
 // and its copies must never pause. (Joining neighbouring tokens over the union of their selections,
 // measured at overlaps up to 0.85, gathers less and is no faster.)
 //
+// fp8 rows (656 bytes for 1152) are multiplied by their scales on the way, so that all else is the
+// same. For the same call: 11 GB, 2 ms at 5.5 TB/s or 1770 cycles a tile. The warps that gather
+// then store each tile as bf16, 576 cycles of the same shared memory that the products read for
+// 1500: 2076 cycles a tile and 2.3 ms are the floor. 512 conversions a row, three instructions
+// each, are 770 of those cycles for each of the four gathering warps.
+//
 // A block of 384 threads: one warpgroup gathers tiles of 64 rows (73,728 bytes) into two stages,
 // two compute. How the two share the work:
 // - kSplitKeys: one token, up to 32 heads; the warpgroups take alternate tiles and merge at the
 // end.
 // - kSplitHeads: one token, up to 64 heads at a time, half for each warpgroup.
-#include <cuda_bf16.h>
-
 #include <algorithm>
 
 #include "device/previous_kernel.cuh"
-#include "ops/kit/sm90_barrier.cuh"
-#include "ops/kit/sm90_tma.cuh"
 #include "ops/kit/sm90_wgmma.cuh"
-#include "ops/sparse_mla/sparse_mla_sm90.cuh"
+#include "ops/sparse_mla/sparse_mla_gather_sm90.cuh"
 
 namespace indexcache::sm90 {
 namespace {
 
-constexpr int kTileKeys = 64;
-constexpr int kPanels = kLatentRow / 64;  // of 64 bf16 = 128 bytes
-constexpr int kValuePanels = kLatentDim / 64;
-constexpr int kPanelBytes = kTileKeys * 128;
-constexpr int kStages = 2;
-constexpr int kRowBytes = kLatentRow * 2;
-constexpr int kNoKey = (1 << 30) - 1;  // no context reaches this position
 constexpr float kLog2e = 1.4426950408889634f;
-
-enum class Mode { kSplitKeys, kSplitHeads };
-
-template <int kN, Mode kMode>
-struct Shared {
-  static constexpr int kQueries = kMode == Mode::kSplitKeys ? 1 : 2;
-  alignas(1024) uint8_t rows[kStages][kPanels][kPanelBytes];
-  alignas(1024) uint8_t q[kQueries][kPanels][kN * 128];
-  alignas(128) uint8_t weights[2][kTileKeys * kN * 2];  // P^T, see blocks_n_major
-  alignas(16) float warp_values[2][4][kN];
-  uint64_t full[kStages], empty[kStages];
-};
-
-struct Params {
-  SparseMlaSm90Args args;
-  int num_head_groups;  // each of kN heads, or 2 kN with kSplitHeads
-  int num_parts;        // of a token's selection
-  int part_keys;        // a multiple of the tile
-  float* part_out;      // with several parts: [tokens][heads][parts][512], normalised
-  float* part_lse;      // [tokens][heads][parts], log2 of the sum of 2^(score), -infinity if empty
-  int num_items;
-};
-
-// What one block works on at a time: a list of keys, and who wants them.
-struct Item {
-  const int32_t* keys;  // positions
-  const int32_t* pages;
-  int num_keys;
-  int token;
-  int first_head;
-  int part;
-
-  __device__ __forceinline__ int num_tiles() const {
-    return (num_keys + kTileKeys - 1) / kTileKeys;
-  }
-};
-
-template <int kN, Mode kMode>
-__device__ Item find_item(const Params& params, int index) {
-  const SparseMlaSm90Args& args = params.args;
-  Item item = {};
-  item.part = index % params.num_parts;
-  const int rest = index / params.num_parts;
-  item.first_head = rest % params.num_head_groups * (kMode == Mode::kSplitHeads ? 2 * kN : kN);
-  item.token = rest / params.num_head_groups;
-  const int begin = item.part * params.part_keys;
-  item.keys = args.positions + static_cast<int64_t>(item.token) * args.k + begin;
-  item.num_keys = min(max(args.counts[item.token] - begin, 0), params.part_keys);
-  int low = 0, high = args.num_seqs - 1;  // the last run that begins no later than the token
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (args.seqs[middle].token_begin <= item.token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  item.pages = args.seqs[low].pages;
-  return item;
-}
-
-// --- the gathering warpgroup ---
-
-// Eight threads copy a row, 16 bytes each of every panel; a thread has four rows of a tile.
-template <int kN, Mode kMode>
-__device__ void gather_loop(const Params& params, Shared<kN, kMode>& shared) {
-  const SparseMlaSm90Args& args = params.args;
-  const int thread = threadIdx.x % 128, unit = thread % 8, first_row = thread / 8;
-  const uint32_t offset = first_row * 128 + ((unit ^ (first_row % 8)) << 4);
-  RingPosition<kStages> at;
-
-  // The keys of a tile are read while the tile before it is copied, so that finding its rows waits
-  // for the page table only.
-  int keys[4];
-  const uint8_t* from[4];
-  const auto read_keys = [&](const Item& item, int tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = tile * kTileKeys + first_row + 16 * i;
-      keys[i] = key < item.num_keys ? item.keys[key] : kNoKey;
-    }
-  };
-  const auto find_rows = [&](const Item& item) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      from[i] = nullptr;
-      if (keys[i] == kNoKey) continue;
-      from[i] = args.rows + item.pages[keys[i] / kPageTokens] * args.page_bytes +
-                keys[i] % kPageTokens * kRowBytes + unit * 16;
-    }
-  };
-
-  for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
-    const Item item = find_item<kN, kMode>(params, index);
-    const int num_tiles = item.num_tiles();
-    read_keys(item, 0);
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      find_rows(item);
-      read_keys(item, tile + 1);
-      barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
-      const uint32_t to = shared_address(shared.rows[at.stage]) + offset;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // Rows that are not there become zeros: their weight is 0, and 0 times what lies there
-        // could be NaN.
-        const bool valid = from[i] != nullptr;
-        const uint8_t* row = valid ? from[i] : args.rows;
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          copy_16_or_zero(to + i * 16 * 128 + panel * kPanelBytes, row + panel * 128, valid);
-        }
-      }
-      barrier_arrive_after_copies(&shared.full[at.stage]);
-      at.advance();
-    }
-  }
-}
 
 // --- the computing warpgroups ---
 
@@ -463,7 +341,8 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
         wanted[i] = key < item.num_keys;
       }
       barrier_wait(&shared.full[stage], count / kStages % 2);
-      fence_async_proxy();  // the rows were written by cp.async, an ordinary store to the fence
+      fence_async_proxy();  // cp.async has written rows, an ordinary store to
+                            // the fence
       attend<kN, kMode>(shared, shared.q[q_index][0], stage, group, scale_log2, wanted, state);
       // The second warpgroup leaves its sums where its last tile was.
       const bool keep = kSplitKeys && group == 1 && tile + 2 >= num_tiles;
@@ -497,7 +376,15 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
   }
 }
 
-template <int kN, Mode kMode>
+// Registers of a thread that gathers and of one that computes: 128 and 256 threads have 65,536.
+template <int kN, bool kFp8>
+constexpr int kGatherRegisters = !kFp8      ? 72
+                                 : kN <= 24 ? 152
+                                            : 104;
+template <int kN, bool kFp8>
+constexpr int kComputeRegisters = (504 - kGatherRegisters<kN, kFp8>) / 2;
+
+template <int kN, Mode kMode, bool kFp8>
 __global__ void __launch_bounds__(384, 1) sparse_mla_kernel(const __grid_constant__ Params params) {
   wait_for_previous();
   extern __shared__ uint8_t dynamic_memory[];
@@ -505,17 +392,21 @@ __global__ void __launch_bounds__(384, 1) sparse_mla_kernel(const __grid_constan
       dynamic_memory + (1024 - shared_address(dynamic_memory) % 1024) % 1024);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(&shared.full[stage], 128);
+      barrier_init(&shared.full[stage], kFp8 ? 256 : 128);
       barrier_init(&shared.empty[stage], kMode == Mode::kSplitKeys ? 4 : 8);
     }
     fence_barrier_init();
   }
   __syncthreads();
   if (threadIdx.x >= 256) {
-    give_registers<72>();
-    gather_loop<kN, kMode>(params, shared);
+    give_registers<kGatherRegisters<kN, kFp8>>();
+    if constexpr (kFp8) {
+      gather_fp8<kN, kMode>(params, shared);
+    } else {
+      gather_bf16<kN, kMode>(params, shared);
+    }
   } else {
-    take_registers<216>();
+    take_registers<kComputeRegisters<kN, kFp8>>();
     compute_loop<kN, kMode>(params, shared);
   }
 }
@@ -557,7 +448,8 @@ __global__ void __launch_bounds__(kLatentDim / 4) merge_parts(const Params param
 
 template <int kN, Mode kMode>
 cudaError_t start(const Params& params, int num_multiprocessors, cudaStream_t stream) {
-  const auto kernel = sparse_mla_kernel<kN, kMode>;
+  const auto kernel = params.args.rows_are_fp8 ? sparse_mla_kernel<kN, kMode, true>
+                                               : sparse_mla_kernel<kN, kMode, false>;
   const int num_bytes = sizeof(Shared<kN, kMode>) + 1024;
   static_assert(sizeof(Shared<kN, kMode>) + 1024 <= 227 * 1024);
   const cudaError_t status =

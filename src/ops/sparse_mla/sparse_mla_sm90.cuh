@@ -1,6 +1,7 @@
-// Sparse MLA on Hopper, for rows of 512 + 64 bf16: what the files *_sm90.cu of this folder offer to
-// the op's table. Plain functions that put kernels on a stream; none waits for the GPU. The rules
-// of the op (sparse_mla.h) hold, with q and the softmax weights rounded to bf16.
+// Sparse MLA on Hopper, for rows of 512 + 64 bf16 or fp8 (ops/kit/paged.h): what the files
+// *_sm90.cu of this folder offer to the op's table. Plain functions that put kernels on a stream;
+// none waits for the GPU. The rules of the op (sparse_mla.h) hold, with q, the softmax weights and
+// what fp8 rows mean rounded to bf16.
 //
 // All pointers are of the GPU.
 #pragma once
@@ -20,7 +21,10 @@ struct SparseMlaSm90Args {
   bool q_is_bf16 = false;
   int num_heads = 0;  // 1 to 128
   float scale = 0;
-  const uint8_t* rows = nullptr;  // pages of [64][576] bf16; 16-byte aligned, as is page_bytes
+  // Pages of [64][576] bf16, or of 64 rows of 656 bytes; 16-byte aligned, as is page_bytes. fp8
+  // rows lie within 64 GiB.
+  const uint8_t* rows = nullptr;
+  bool rows_are_fp8 = false;
   int64_t page_bytes = 0;
   const SeqSpan* seqs = nullptr;  // [num_seqs]
   int num_seqs = 0;

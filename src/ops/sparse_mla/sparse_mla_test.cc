@@ -11,6 +11,8 @@
 #include "base/checked.h"
 #include "base/rng.h"
 #include "device/cpu_features.h"
+#include "ops/kit/fp8_rows.h"
+#include "ops/kit/store_row.h"
 #include "ops/kit/test_device.h"
 #include "ops/sparse_mla/sparse_mla_cpu.h"
 #include "ops/sparse_mla/sparse_mla_impl.h"
@@ -27,8 +29,7 @@ static SparseMlaArgs to_device(DeviceOperands& device, SparseMlaArgs args) {
   }
   device.elements(args.q, tokens * args.num_heads * args.rows.row_elements);
   // The last page ends with its last row.
-  device.pool(args.rows, last_page * args.rows.page_bytes +
-                             kPageTokens * args.rows.row_elements * dtype_bytes(args.rows.dtype));
+  device.pool(args.rows, last_page * args.rows.page_bytes + kPageTokens * args.rows.row_bytes());
   device.elements(args.positions, tokens * args.k);
   device.elements(args.counts, tokens);
   device.elements(args.out, tokens * args.num_heads * args.value_dim);
@@ -50,6 +51,7 @@ struct Problem {
   int64_t num_heads, value_dim, row_elements, k;
   DType dtype;
   float scale;
+  bool f32_products = false;
   std::vector<std::vector<int32_t>> pages;
   std::vector<uint8_t> pool;
   std::vector<SeqSpan> seqs;
@@ -70,9 +72,8 @@ struct Problem {
     for (int32_t i = 0; i < num_pages; ++i) all_pages.push_back(i);
     for (size_t i = all_pages.size(); i > 1; --i)
       std::swap(all_pages[i - 1], all_pages[rng.below(i)]);
-    const int64_t row_bytes = row_elements * dtype_bytes(dtype);
-    page_bytes = kPageTokens * row_bytes + 32;
-    // 0xFFFF and 0xFFFFFFFF are NaN.
+    page_bytes = kPageTokens * rows().row_bytes() + 32;
+    // 0xFF, 0xFFFF and 0xFFFFFFFF are NaN.
     pool.assign(static_cast<size_t>(num_pages * page_bytes - 32), 0xFF);
     for (const Run& run : runs) {
       const size_t n =
@@ -94,7 +95,9 @@ struct Problem {
           if (static_cast<int64_t>(rng.below(static_cast<uint64_t>(visible - p))) >= need) continue;
           *to++ = static_cast<int32_t>(p);
           --need;
-          for (int64_t e = 0; e < row_elements; ++e) set(seq, p, e, rng.normal());
+          std::vector<float> row(static_cast<size_t>(row_elements));
+          for (float& x : row) x = rng.normal();
+          store_row(rows(), seq.pages, p, row.data());
         }
       }
     }
@@ -103,18 +106,23 @@ struct Problem {
   }
 
   PagedRows rows() const {
-    return {dtype, row_elements, page_bytes, const_cast<uint8_t*>(pool.data())};
+    return {dtype,
+            row_elements,
+            page_bytes,
+            const_cast<uint8_t*>(pool.data()),
+            static_cast<int64_t>(pool.size()) / std::max<int64_t>(page_bytes, 1) + 1,
+            dtype == DType::kF8E4M3 ? value_dim : 0};
   }
   void set(const SeqSpan& seq, int64_t position, int64_t element, float value) {
-    uint8_t* row = rows().row(seq.pages, position);
-    if (dtype == DType::kBF16) {
-      reinterpret_cast<uint16_t*>(row)[element] = f32_to_bf16(value);
-    } else {
-      reinterpret_cast<float*>(row)[element] = value;
-    }
+    std::vector<float> row;
+    for (int64_t e = 0; e < row_elements; ++e)
+      row.push_back(static_cast<float>(get(seq, position, e)));
+    row[static_cast<size_t>(element)] = value;
+    store_row(rows(), seq.pages, position, row.data());
   }
   double get(const SeqSpan& seq, int64_t position, int64_t element) const {
     const uint8_t* row = rows().row(seq.pages, position);
+    if (dtype == DType::kF8E4M3) return fp8_latent_element(rows(), row, element);
     return dtype == DType::kBF16 ? bf16_to_f32(reinterpret_cast<const uint16_t*>(row)[element])
                                  : reinterpret_cast<const float*>(row)[element];
   }
@@ -130,6 +138,7 @@ struct Problem {
     args.positions = positions.data();
     args.counts = counts.data();
     args.k = k;
+    args.f32_products = f32_products;
     return args;
   }
 
@@ -152,7 +161,9 @@ struct Problem {
   // Asserts `times` the bound of sparse_mla.h.
   void expect_close(const std::vector<float>& out, const std::vector<float>& ref,
                     const std::string& what, double times = 1) const {
-    const double u = 0x1p-24, rounding = dtype == DType::kBF16 ? 0x1p-9 : 0;
+    const double u = 0x1p-24, rounding = dtype == DType::kBF16                      ? 0x1p-9
+                                         : dtype == DType::kF8E4M3 && !f32_products ? 0x1p-8
+                                                                                    : 0;
     double worst = 0;
     std::string where;
     for (const SeqSpan& seq : seqs) {
@@ -214,6 +225,7 @@ std::vector<std::string> fast_impls(const Problem& problem) {
 }
 
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16};
+constexpr DType kAllDTypes[] = {DType::kF32, DType::kBF16, DType::kF8E4M3};
 
 void expect_all_close(const Problem& problem, const std::string& what) {
   const std::vector<float> ref = problem.run("ref", 2);
@@ -240,6 +252,25 @@ TEST(SparseMla, OddSizesMatchRef) {
   }
 }
 
+TEST(SparseMla, Fp8RowsMatchRef) {
+  uint64_t seed = 100;
+  for (const int64_t heads : {1, 12, 20, 30, 70}) {
+    for (const auto& [value_dim, rope] :
+         {std::array<int64_t, 2>{128, 32}, {128, 6}, {256, 0}, {512, 64}}) {
+      for (const bool f32_products : {false, true}) {
+        Problem problem(seed, heads, value_dim, rope, 300, DType::kF8E4M3,
+                        {{0, 2}, {400, 1}, {150, 9}}, kCounts);
+        problem.f32_products = f32_products;
+        expect_all_close(problem, fmt::format("fp8 seed {} f32 products {}", seed, f32_products));
+        ++seed;
+      }
+    }
+  }
+  // Unsplit.
+  expect_all_close(Problem(seed, 20, 128, 32, 280, DType::kF8E4M3, {{300, 40}, {0, 30}}, kCounts),
+                   "fp8 unsplit");
+}
+
 TEST(SparseMla, UnsplitSelectionsMatchRef) {
   for (const DType dtype : kDTypes) {
     for (const auto& [heads, value_dim, rope] : {std::array<int64_t, 3>{6, 48, 16},
@@ -254,7 +285,7 @@ TEST(SparseMla, UnsplitSelectionsMatchRef) {
 }
 
 TEST(SparseMla, LongSelectionOfOneToken) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kAllDTypes) {
     const Problem problem(3, 16, 512, 64, 2048, dtype, {{3000, 1}}, {2048});
     expect_all_close(problem, dtype_name(dtype));
   }
@@ -296,16 +327,17 @@ TEST(SparseMla, EqualLogitsGiveTheMean) {
 }
 
 TEST(SparseMla, NaNStaysWithinItsTokenAndHead) {
-  for (const DType dtype : kDTypes) {
-    Problem problem(8, 20, 66, 16, 300, dtype, {{500, 70}, {500, 3}}, kCounts);
+  for (const DType dtype : kAllDTypes) {
+    const int64_t dim = dtype == DType::kF8E4M3 ? 128 : 66;
+    Problem problem(8, 20, dim, 16, 300, dtype, {{500, 70}, {500, 3}}, kCounts);
     // A row: every head of the tokens that select it. An element of q: one head of one token.
     const int32_t poisoned = problem.positions[69 * 300];
     problem.set(problem.seqs[0], poisoned, 65, kNaN);
     problem.q[(71 * problem.num_heads + 4) * problem.row_elements + 3] = kNaN;
     const std::vector<float> ref = problem.run("ref", 2);
-    EXPECT_TRUE(std::isnan(ref[(69 * 20 + 2) * 66]));
-    EXPECT_EQ(std::isnan(ref[(71 * 20 + 4) * 66]), problem.counts[71] > 0);
-    EXPECT_FALSE(std::isnan(ref[(71 * 20 + 5) * 66]));
+    EXPECT_TRUE(std::isnan(ref[(69 * 20 + 2) * dim]));
+    EXPECT_EQ(std::isnan(ref[(71 * 20 + 4) * dim]), problem.counts[71] > 0);
+    EXPECT_FALSE(std::isnan(ref[(71 * 20 + 5) * dim]));
     for (const std::string& impl : fast_impls(problem))
       problem.expect_close(problem.run(impl, 2), ref, impl);
   }
@@ -313,8 +345,9 @@ TEST(SparseMla, NaNStaysWithinItsTokenAndHead) {
 
 TEST(SparseMla, SameBitsForAnyNumberOfThreads) {
   for (const int64_t num_tokens : {1, 5, 80}) {
-    for (const DType dtype : kDTypes) {
-      const Problem problem(9, 20, 130, 16, 700, dtype, {{900, num_tokens}}, {700, 3, 260});
+    for (const DType dtype : kAllDTypes) {
+      const int64_t dim = dtype == DType::kF8E4M3 ? 128 : 130;
+      const Problem problem(9, 20, dim, 16, 700, dtype, {{900, num_tokens}}, {700, 3, 260});
       for (const std::string& impl : fast_impls(problem)) {
         const std::vector<float> one = problem.run(impl, 1);
         for (const int threads : {2, 3}) {
@@ -328,7 +361,7 @@ TEST(SparseMla, SameBitsForAnyNumberOfThreads) {
 }
 
 TEST(SparseMla, BatchEqualsTokensOneByOne) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kAllDTypes) {
     const Problem batch(10, 8, 128, 32, 256, dtype, {{300, 33}, {600, 33}}, {256, 17, 200});
     for (const std::string& impl : fast_impls(batch)) {
       std::vector<float> singles;

@@ -20,6 +20,7 @@ Cost store_index_key_cost(const StoreIndexKeyArgs& args) {
 void store_index_key(Exec& exec, const StoreIndexKeyArgs& args) {
   CHECK(args.rows.dtype == DType::kF32 || args.rows.dtype == DType::kBF16 ||
         rows_have_scales(args.rows.dtype));
+  CHECK_EQ(args.rows.fp8_elements, 0);
   if (rows_have_scales(args.rows.dtype)) CHECK_EQ(args.rows.page_bytes % 4, 0);
   CHECK_GE(args.rows.row_elements, 1);
   CHECK_GE(args.ldx, args.rows.row_elements);

@@ -5,7 +5,8 @@
 //   cache row of position first_position + i  =  y[token_begin + i, :]   for every span of `seqs`
 //
 // Norm and rotation are f32; the row is then rounded to the cache's type: bf16 to nearest, ties to
-// even (NaN stays NaN). Pages of distinct sequences are distinct, and so are positions: rows are
+// even (NaN stays NaN); fp8 as ops/kit/paged.h says: e4m3 with a scale for each 128 of the first
+// part, bf16 behind. Pages of distinct sequences are distinct, and so are positions: rows are
 // independent, and nothing but the rows of the spans is written. A row of zeros gives zeros; NaN
 // and infinity stay within their row, in the rotated part within their pair.
 //
@@ -33,7 +34,7 @@ struct StoreLatentArgs {
   const float* cos = nullptr;  // [num_rows, (rows.row_elements - latent_dim) / 2]
   const float* sin = nullptr;
   std::span<const SeqSpan> seqs;         // cover rows [0, num_rows) in order
-  PagedRows rows;                        // kF32 or kBF16
+  PagedRows rows;                        // kF32, kBF16, or fp8 with latent_dim fp8_elements
   const SeqSpan* device_seqs = nullptr;  // on a GPU: `seqs` in its memory
 };
 

@@ -28,7 +28,10 @@ struct Problem {
 
   Problem(Rng& rng, DType dtype, const std::vector<Span>& spans, int64_t latent, int64_t rope,
           int64_t gap)
-      : cache(rng, spans, {.dtype = dtype, .row_elements = latent + rope}),
+      : cache(rng, spans,
+              {.dtype = dtype,
+               .row_elements = latent + rope,
+               .fp8_elements = dtype == DType::kF8E4M3 ? latent : 0}),
         x(cache.num_tokens, latent + rope, latent + rope + gap),
         weight(random_floats(rng, latent)) {
     x.fill_random(rng);
@@ -67,8 +70,8 @@ struct Problem {
 struct Sizes {
   int64_t latent, rope;
 };
-const std::vector<Sizes> kSizes = {{1, 2},    {7, 0},    {36, 8},  {128, 32},
-                                   {130, 14}, {512, 64}, {516, 6}, {1000, 66}};
+const std::vector<Sizes> kSizes = {{1, 2},    {7, 0},   {36, 8},    {128, 32}, {130, 14},
+                                   {512, 64}, {516, 6}, {1000, 66}, {128, 6},  {640, 2}};
 
 std::vector<std::string> all_implementations() {
   std::vector<std::string> impls = runnable_implementations();
@@ -112,14 +115,17 @@ TEST(StoreLatent, RowsAreRoundedOnce) {
         SCOPED_TRACE(fmt::format("{} batch {} {}+{}", impl, b, latent, rope));
         Problem f32(rng, DType::kF32, kCacheBatches[b], latent, rope, b % 2 == 0 ? 0 : 3);
         f32.run(impl);
-        Problem rounded(rng, DType::kBF16, kCacheBatches[b], latent, rope, 0);
-        rounded.args.x = f32.args.x;
-        rounded.args.ldx = f32.args.ldx;
-        rounded.args.weight = f32.args.weight;
-        rounded.args.cos = f32.args.cos;
-        rounded.args.sin = f32.args.sin;
-        rounded.run(impl);
-        EXPECT_TRUE(rounded.cache.holds(f32.cache.f32_rows()));
+        for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+          if (dtype == DType::kF8E4M3 && latent % kFp8Block != 0) continue;
+          Problem rounded(rng, dtype, kCacheBatches[b], latent, rope, 0);
+          rounded.args.x = f32.args.x;
+          rounded.args.ldx = f32.args.ldx;
+          rounded.args.weight = f32.args.weight;
+          rounded.args.cos = f32.args.cos;
+          rounded.args.sin = f32.args.sin;
+          rounded.run(impl);
+          EXPECT_TRUE(rounded.cache.holds(f32.cache.f32_rows())) << dtype_name(dtype);
+        }
       }
     }
   }
@@ -183,6 +189,35 @@ TEST(StoreLatent, RoundsAsTheScalarConversionDoes) {
   }
 }
 
+// Each block of 128 has a scale of its own: of ordinary numbers, of none, of one that is not
+// finite.
+TEST(StoreLatent, Fp8BlocksOfEveryKind) {
+  Rng rng(printed_seed());
+  for (const std::string& impl : all_implementations()) {
+    Problem problem(rng, DType::kF8E4M3, {{60, 8}}, 512, 4, 1);
+    problem.args.eps = 0;
+    std::fill_n(problem.weight.data() + 128, 128, 0.0f);
+    problem.weight[300] = kNan;
+    std::fill_n(problem.weight.data() + 384, 128, 3.4e38f);
+    std::fill(problem.cos.begin(), problem.cos.end(), 1.0f);
+    std::fill(problem.sin.begin(), problem.sin.end(), 0.0f);
+    std::vector<std::vector<float>> want;
+    for (int64_t r = 0; r < 8; ++r) {
+      std::fill_n(problem.x.row(r), 512, 1.0f);
+      want.push_back(problem.weight);
+      want.back().insert(want.back().end(), problem.x.row(r) + 512, problem.x.row(r) + 516);
+    }
+    problem.run(impl);
+    EXPECT_TRUE(problem.cache.holds(want)) << impl;
+    const uint8_t* row = problem.cache.rows.row(problem.cache.seqs[0].pages, 63);
+    const float* scales = reinterpret_cast<const float*>(row + 512);
+    EXPECT_GT(scales[0], 0) << impl;
+    EXPECT_EQ(scales[1], 0) << impl;
+    EXPECT_TRUE(std::isnan(scales[2])) << impl;
+    EXPECT_EQ(scales[3], 3.4e38f / 448) << impl;
+  }
+}
+
 TEST(StoreLatent, NanAndInfinityStayWhereTheyReach) {
   Rng rng(printed_seed());
   const int64_t latent = 130, rope = 8;
@@ -215,11 +250,13 @@ TEST(StoreLatent, NanAndInfinityStayWhereTheyReach) {
 
 TEST(StoreLatent, ThreadsChangeNoBit) {
   Rng rng(printed_seed());
-  Problem problem(rng, DType::kBF16, kCacheBatches.back(), 130, 14, 1);
-  for (const std::string& impl : runnable_implementations()) {
-    const std::vector<uint8_t> one = problem.run(impl, 1);
-    EXPECT_TRUE(problem.run(impl, 2) == one) << impl;
-    EXPECT_TRUE(problem.run(impl, 3) == one) << impl;
+  for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+    Problem problem(rng, dtype, kCacheBatches.back(), dtype == DType::kBF16 ? 130 : 128, 14, 1);
+    for (const std::string& impl : runnable_implementations()) {
+      const std::vector<uint8_t> one = problem.run(impl, 1);
+      EXPECT_TRUE(problem.run(impl, 2) == one) << impl;
+      EXPECT_TRUE(problem.run(impl, 3) == one) << impl;
+    }
   }
 }
 
