@@ -138,6 +138,14 @@ TEST_F(Cli, SamplingRepeatsWithItsSeed) {
   EXPECT_NE(sample("7"), sample("8"));
 }
 
+TEST_F(Cli, AModelThatNamesNoEndIsAWarning) {
+  const auto said = [&](std::vector<std::string> more) {
+    return run_program(run_args(std::move(more))).err.find("no eos_token_id") != std::string::npos;
+  };
+  EXPECT_TRUE(said({"-p", "hello", "-n", "1"}));
+  EXPECT_FALSE(said({"-p", "hello", "-n", "1", "--ignore-eos"}));
+}
+
 TEST_F(Cli, InterruptEndsTheAnswer) {
   const ProgramResult result = run_program(
       run_args({"-p", "hello", "-n", "100000", "--ignore-eos"}), {.interrupt_on_output = true});

@@ -287,6 +287,10 @@ TEST_F(Method, FailuresAreOneLineAndOne) {
       {{"search", "-f", path("text.txt"), "-o", plan}, {"-m"}},
       {{"search", "-m", model_, "-o", plan}, {"-f"}},
       {{"search", "--take", path("nothing.json"), "-o", plan}, {"nothing.json"}},
+      // Before anything is read.
+      {args("search", {"-o", "/no/such/folder/x"}, "nowhere.txt"), {"/no/such/folder"}},
+      {args("overlap", {"-o", "/no/such/folder/x"}, "nowhere.txt"), {"/no/such/folder"}},
+      {args("eval", {"-o", "/no/such/folder/x"}, "nowhere.txt"), {"/no/such/folder"}},
       {args("overlap", {"--seq", "200"}), {"200", "index_topk"}},
       {args("eval", {"--tasks", "chess"}), {"chess", "multikey", "copy"}},
       {args("eval", {"--variant", "x"}), {"NAME=PLAN"}},

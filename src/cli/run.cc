@@ -126,6 +126,8 @@ int run(const RunFlags& flags) {
   }
   Engine engine(source, sized);
   print_engine(engine);
+  if (source.config.eos_token_id.empty() && !flags.ignore_eos)
+    warn("config.json has no eos_token_id: only -n and the context end an answer");
   struct sigaction action = {};
   action.sa_handler = on_interrupt;
   sigaction(SIGINT, &action, nullptr);

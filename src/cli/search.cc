@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "base/atomic_file.h"
 #include "base/log.h"
 #include "base/progress.h"
 #include "cli/data_flags.h"
@@ -273,6 +274,9 @@ int search(const SearchFlags& flags) {
   if (!flags.common.run.plan.empty())
     fail("--plan {}: search starts from all layers full, expected no --plan",
          printable(flags.common.run.plan));
+  for (const std::string& path : {flags.output, flags.html}) {
+    if (!path.empty()) check_can_write(path);
+  }
   const double start = monotonic_seconds();
   const ModelSource source = open_model(flags.common.model);
   const int num_layers = static_cast<int>(source.config.num_hidden_layers);

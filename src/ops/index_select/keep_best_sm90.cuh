@@ -7,9 +7,9 @@
 // depend on the order of the candidates. Of 4700 candidates, as there usually are, one count is
 // enough.
 //
-// What takes the time are latencies and branches: every pass reads eight candidates a thread at
-// once and compares rank and position as one number. (In registers from pass to pass they spill;
-// with a branch a comparison the passes take five times as long.)
+// (Two warpgroups that each find the k-th rank of one query bit by bit, with the candidates in
+// registers, are 1% slower for 8192 queries at 200K. Candidates in registers from pass to pass
+// spill here.)
 #pragma once
 
 #include <climits>

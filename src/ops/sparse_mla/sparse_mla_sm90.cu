@@ -17,7 +17,8 @@
 // same. For the same call: 11 GB, 2 ms at 5.5 TB/s or 1770 cycles a tile. The warps that gather
 // then store each tile as bf16, 576 cycles of the same shared memory that the products read for
 // 1500: 2076 cycles a tile and 2.3 ms are the floor. 512 conversions a row, three instructions
-// each, are 770 of those cycles for each of the four gathering warps.
+// each, are 770 of those cycles for each of the four gathering warps. Measured on an H200, 4096
+// tokens: 2.8 to 3.0 ms, bf16 rows 2.0 to 2.4, so fp8 rows save memory, not time.
 //
 // A block of 384 threads: one warpgroup gathers tiles of 64 rows (73,728 bytes) into two stages,
 // two compute. How the two share the work:
