@@ -144,7 +144,8 @@ int64_t cache_tokens_for(const ModelSource& source, const BenchFlags& flags,
   const int64_t one = tokens_in_pages(options.context);
   int64_t wanted = one;
   for (const int64_t context : flags.contexts) {
-    wanted = std::max(wanted, flags.max_batch * tokens_in_pages(context + flags.decode_tokens));
+    const int64_t most = std::min(context + flags.decode_tokens, options.context);
+    wanted = std::max(wanted, flags.max_batch * tokens_in_pages(most));
   }
   if (flags.max_batch == 1) return one;
   const LaidOver laid =
@@ -171,7 +172,9 @@ class BatchDecoder {
   BatchDecoder(Engine& engine, SequenceCache& sequence, int64_t batch, int64_t steps,
                std::span<const int32_t> tokens)
       : engine_(engine),
-        context_(sequence.num_tokens),
+        prompt_(sequence.num_tokens),
+        // At the model's last positions there is room for the steps only a little earlier.
+        context_(std::min(prompt_, engine.memory.context - steps)),
         steps_(steps),
         tokens_(tokens),
         sequence_(sequence) {
@@ -189,7 +192,7 @@ class BatchDecoder {
   }
   ~BatchDecoder() {
     for (SequenceCache& copy : copies_) engine_.cache.release(copy);
-    sequence_.num_tokens = context_;
+    sequence_.num_tokens = prompt_;
   }
   int64_t size() const { return 1 + std::ssize(copies_); }
   BatchDecoder(const BatchDecoder&) = delete;
@@ -216,7 +219,7 @@ class BatchDecoder {
 
  private:
   Engine& engine_;
-  int64_t context_, steps_;
+  int64_t prompt_, context_, steps_;
   std::span<const int32_t> tokens_;
   SequenceCache& sequence_;
   std::vector<SequenceCache> copies_;
@@ -245,7 +248,8 @@ void time_decoding(Engine& engine, BatchDecoder& decoder, int64_t tokens, Profil
 void bench_plan(const ModelSource& source, const BenchFlags& flags, RunOptions options,
                 BenchResult* result) {
   const int64_t longest = flags.contexts.back();
-  options.context = longest + flags.decode_tokens;
+  options.context = std::max(
+      longest, std::min(longest + flags.decode_tokens, source.config.max_position_embeddings));
   options.cache_tokens = cache_tokens_for(source, flags, options);
   // VmHWM must be this plan's own; where the kernel does not allow it, the figure covers the plans
   // before too.
@@ -463,6 +467,9 @@ int bench(BenchFlags flags) {
   std::sort(flags.contexts.begin(), flags.contexts.end());
   flags.contexts.erase(std::unique(flags.contexts.begin(), flags.contexts.end()),
                        flags.contexts.end());
+  if (flags.decode_tokens >= flags.contexts.front())
+    fail("-n {}: found a context of {} tokens, expected more than that", flags.decode_tokens,
+         flags.contexts.front());
   if (flags.plans.empty()) flags.plans.push_back(options.plan.empty() ? "default" : options.plan);
   BenchResult result;
   result.model = flags.shape.name.empty() ? flags.common.model : flags.shape.name;
