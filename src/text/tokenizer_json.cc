@@ -97,8 +97,8 @@ class Reader {
   }
 
   void read_vocab(const JsonObject& model) {
-    for (const auto& [token, value] :
-         model.object("vocab").raw().get_ref<const Json::object_t&>()) {
+    const JsonObject vocab = model.object("vocab");
+    for (const auto& [token, value] : vocab.raw().get_ref<const Json::object_t&>()) {
       const int32_t id = checked_id(value, token);
       const size_t index = static_cast<size_t>(id);
       if (used_[index]) {
