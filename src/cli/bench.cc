@@ -79,7 +79,7 @@ double measure_matmul_rate(Engine& engine) {
   std::vector<float> x(static_cast<size_t>(m * k)), y(static_cast<size_t>(m * n));
   std::vector<uint8_t> w(static_cast<size_t>(n * k * 4));
   for (float& value : x) value = rng.normal();
-  const bool bf16 = engine.model.compute == Compute::kBF16;
+  const bool bf16 = engine.model.compute != Compute::kF32;
   for (int64_t i = 0; i < n * k; ++i) {
     const float value = static_cast<float>(rng.uniform()) - 0.5f;
     if (bf16) {
@@ -151,8 +151,8 @@ int64_t cache_tokens_for(const ModelSource& source, const BenchFlags& flags,
   const LaidOver laid =
       lay_over(source.config, list_tensors(source.checkpoint), source.checkpoint.path, options);
   const IndexPlan plan = plan_in_force(laid.config, laid.layer_has_indexer, options, laid.where);
-  const MemoryPlan memory = plan_memory(laid.config, laid.specs, plan,
-                                        resolve_compute(laid.specs, options.compute), options);
+  const MemoryPlan memory =
+      plan_memory(laid.config, laid.specs, plan, resolve_compute(laid.specs, options), options);
   // What libraries take beside.
   constexpr uint64_t kSpare = uint64_t{2} << 30;
   const bool gpu = options.device == Device::kCuda;

@@ -46,7 +46,7 @@ int inspect(const InspectFlags& flags) {
   const ModelConfig& config = laid.config;
   const std::vector<TensorSpec>& specs = laid.specs;
   const IndexPlan plan = plan_in_force(config, laid.layer_has_indexer, options, laid.where);
-  const Compute compute = resolve_compute(specs, options.compute);
+  const Compute compute = resolve_compute(specs, options);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
   const CacheTypes cached = cache_types(config, compute, options);
 

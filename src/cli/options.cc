@@ -55,8 +55,10 @@ void add_run_flags(CLI::App* command, CommonFlags* flags) {
       ->capture_default_str();
   command
       ->add_option("--dtype", flags->dtype,
-                   "Products and cache: f32, bf16, or auto (f32 for an f32 checkpoint, else bf16)")
-      ->check(CLI::IsMember({"auto", "f32", "float32", "bf16", "bfloat16"}))
+                   "Products and cache: f32, bf16, fp8 (the same as bf16, but products with fp8 "
+                   "weights round their input to fp8 too, on a GPU), or auto (f32 for an f32 "
+                   "checkpoint, else bf16)")
+      ->check(CLI::IsMember({"auto", "f32", "float32", "bf16", "bfloat16", "fp8"}))
       ->capture_default_str();
   command
       ->add_option(
@@ -92,6 +94,8 @@ RunOptions run_options(const CommonFlags& flags) {
     options.compute = ComputeChoice::kF32;
   } else if (flags.dtype == "bf16" || flags.dtype == "bfloat16") {
     options.compute = ComputeChoice::kBF16;
+  } else if (flags.dtype == "fp8") {
+    options.compute = ComputeChoice::kFP8;
   }
   if (flags.indexer_keys == "i8") options.indexer_keys = IndexerKeys::kI8;
   if (flags.indexer_keys == "fp8") options.indexer_keys = IndexerKeys::kFp8;

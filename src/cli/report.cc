@@ -28,8 +28,6 @@ std::string memory_line(const Engine& engine, int64_t num_tokens) {
 
 }  // namespace
 
-const char* compute_name(Compute compute) { return compute == Compute::kBF16 ? "bf16" : "f32"; }
-
 const char* cached_name(DType dtype) {
   return dtype == DType::kI8       ? "i8"
          : dtype == DType::kF8E4M3 ? "fp8"

@@ -14,7 +14,6 @@ void print_engine(const Engine& engine);
 void print_generation(const Engine& engine, const GenerateResult& result, int64_t cached_tokens);
 Json generation_json(const Engine& engine, const GenerateResult& result);
 
-const char* compute_name(Compute compute);  // "f32", "bf16"
-const char* cached_name(DType dtype);       // or "i8", "fp8"
+const char* cached_name(DType dtype);  // or "i8", "fp8"
 
 }  // namespace indexcache

@@ -67,9 +67,19 @@ std::string other_model(const IndexerAdapter& adapter, const ModelConfig& config
 
 }  // namespace
 
-Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice) {
-  if (choice == ComputeChoice::kF32) return Compute::kF32;
-  if (choice == ComputeChoice::kBF16) return Compute::kBF16;
+Compute resolve_compute(const std::vector<TensorSpec>& specs, const RunOptions& options) {
+  if (options.compute == ComputeChoice::kF32) return Compute::kF32;
+  if (options.compute == ComputeChoice::kBF16) return Compute::kBF16;
+  if (options.compute == ComputeChoice::kFP8) {
+    if (options.device != Device::kCuda)
+      fail("fp8 products were asked for on the CPU, expected a GPU (--device cuda)");
+    const auto is_fp8 = [](const TensorSpec& spec) { return spec.dtype == DType::kF8E4M3; };
+    if (std::ranges::none_of(specs, is_fp8))
+      fail(
+          "fp8 products were asked for, but the checkpoint has no fp8 matrix: expected weights "
+          "in e4m3 with scales of 128x128 blocks");
+    return Compute::kFP8;
+  }
   for (const TensorSpec& spec : specs) {
     if (spec.name == "model.layers.0.self_attn.q_a_proj.weight" && spec.dtype == DType::kF32)
       return Compute::kF32;
@@ -92,7 +102,7 @@ DType indexer_dtype(const ModelConfig& config, Compute compute, const RunOptions
       break;
   }
   const bool hopper =
-      options.device == Device::kCuda && compute == Compute::kBF16 && first_gpu_is_hopper() &&
+      options.device == Device::kCuda && compute != Compute::kF32 && first_gpu_is_hopper() &&
       index_select_hopper_takes(indexer.index_n_heads, indexer.index_head_dim, indexer.index_topk);
   return hopper ? DType::kF8E4M3 : cache_dtype(compute);
 }
@@ -162,7 +172,7 @@ Model bind_model(const ModelSource& source, const RunOptions& options, MemoryPla
   if (options.dense)
     model.config.indexer.index_topk = resolve_context(model.config, options.context);
   model.plan = plan_in_force(model.config, laid.layer_has_indexer, options, laid.where);
-  model.compute = resolve_compute(laid.specs, options.compute);
+  model.compute = resolve_compute(laid.specs, options);
   *memory = plan_memory(model.config, laid.specs, model.plan, model.compute, options);
   check_memory(*memory, source.in_memory, options.device);
   if (options.check_tensors) {

@@ -18,7 +18,7 @@
 
 namespace indexcache {
 
-enum class ComputeChoice { kAuto, kF32, kBF16 };
+enum class ComputeChoice { kAuto, kF32, kBF16, kFP8 };
 // auto: e4m3 where Hopper's kernels take them (bf16 models), else in the cache's type.
 enum class IndexerKeys { kAuto, kCacheType, kI8, kFp8 };
 // Of the latent KV. auto: the type that products use.
@@ -102,7 +102,8 @@ struct Engine {
 // an indexer.
 IndexPlan plan_in_force(const ModelConfig& config, const std::vector<bool>& layer_has_indexer,
                         const RunOptions& options, const std::string& where);
-Compute resolve_compute(const std::vector<TensorSpec>& specs, ComputeChoice choice);
+// kFP8 is an Error without a GPU or without fp8 matrices.
+Compute resolve_compute(const std::vector<TensorSpec>& specs, const RunOptions& options);
 // What the cache holds. Error for fp8 latents of a model whose kv_lora_rank has no whole blocks.
 CacheTypes cache_types(const ModelConfig& config, Compute compute, const RunOptions& options);
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,

@@ -48,7 +48,7 @@ struct Pass {
   const ModelConfig& config() const { return model.config; }
 
   // Whether products take and make bf16. Elsewhere activations are f32, whatever products round.
-  bool rounded() const { return exec.device == Device::kCuda && model.compute == Compute::kBF16; }
+  bool rounded() const { return exec.device == Device::kCuda && model.compute != Compute::kF32; }
 
   // What a product takes or makes: f32, or bf16 where there is any.
   Rows rows(float* f32, uint16_t* bf16, int64_t ld) const {
@@ -230,9 +230,9 @@ void Pass::dense_mlp(const MlpWeights& w) {
 
 void Pass::mixture_of_experts(const MoeWeights& w) {
   const MoeConfig& moe = config().moe;
-  // In bf16 on a GPU the shared expert is one of the experts where it has their shape.
-  const bool fused =
-      rounded() && moe_mlp_takes(w.gate_proj.all[0]) && moe_mlp_takes(w.down_proj.all[0]);
+  // On a GPU, unless in f32, the shared expert is one of the experts where it has their shape.
+  const bool fused = rounded() && moe_mlp_takes(w.gate_proj.all[0], model.compute) &&
+                     moe_mlp_takes(w.down_proj.all[0], model.compute);
   const bool shared = fused && w.gate_proj.all.size() > w.gate_proj.experts.size();
   const int64_t hidden = config().hidden_size, experts = moe.n_routed_experts + (shared ? 1 : 0),
                 taken = moe.num_experts_per_tok + (shared ? 1 : 0);
@@ -427,9 +427,7 @@ void place_inputs(Exec& exec, Activations& a) {
 
 }  // namespace
 
-DType cache_dtype(Compute compute) {
-  return compute == Compute::kBF16 ? DType::kBF16 : DType::kF32;
-}
+DType cache_dtype(Compute compute) { return compute == Compute::kF32 ? DType::kF32 : DType::kBF16; }
 
 KvCacheShape cache_shape(const ModelConfig& config, const IndexPlan& plan, CacheTypes types,
                          int64_t num_pages) {

@@ -116,9 +116,7 @@ struct Loader {
   }
 };
 
-DType owned_dtype(Compute compute) {
-  return compute == Compute::kBF16 ? DType::kBF16 : DType::kF32;
-}
+DType owned_dtype(Compute compute) { return compute == Compute::kF32 ? DType::kF32 : DType::kBF16; }
 
 float weight_element(const Weight& w, int64_t row, int64_t col) {
   const float value = element_as_f32({w.dtype, {w.rows, w.cols}, w.data}, row * w.cols + col);

@@ -32,7 +32,7 @@ Json loss_settings(const ModelSource& source, const PlanLoss& model) {
                    {"sequences", model.num_sequences()},
                    {"sequence_tokens", model.data().sequence_tokens()},
                    {"batch_tokens", engine.activations.max_tokens},
-                   {"compute", engine.model.compute == Compute::kBF16 ? "bf16" : "f32"},
+                   {"compute", compute_name(engine.model.compute)},
                    {"kernels", kernel_names(engine.options.device)},
                    {"forced", forced}};
   if (engine.adapter) settings["indexers_hash"] = weights_hash(engine.adapter->tensors);

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
           mma_wait<0>();
           mma_landed(products);
           __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.empty[at.stage]);
+          warp_arrive(&shared.empty[at.stage]);
           float own[Sums::kOwn];
           Sums::run(products, weights, c, own);
 #pragma unroll
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
             }
           }
         }
-        if (lane == 0) barrier_arrive(&shared.q_empty[q_at.stage]);
+        warp_arrive(&shared.q_empty[q_at.stage]);
         q_at.advance();
       });
 }

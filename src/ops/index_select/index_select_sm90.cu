@@ -295,7 +295,7 @@ __device__ void math_loop(const Params& params, Shared& shared) {
           barrier_wait(&shared.full[group][at.stage], at.parity);
           mma_wait<0>();
           mma_landed(second);
-          if (lane == 0) barrier_arrive(&shared.empty[group][stage]);
+          warp_arrive(&shared.empty[group][stage]);
           start_products(first, shared, group, at.stage, 0);
           work.offer(second, weights[1], 1, page_begin, scales);
         }
@@ -308,12 +308,12 @@ __device__ void math_loop(const Params& params, Shared& shared) {
         work.offer(first, weights[0], 0, page_begin, scales);
         mma_wait<0>();
         mma_landed(second);
-        if (lane == 0) barrier_arrive(&shared.empty[group][at.stage]);
+        warp_arrive(&shared.empty[group][at.stage]);
         at.advance();
         work.offer(second, weights[1], 1, page_begin, scales);
       }
       const bool last = round + 1 == num_rounds;
-      if (last && lane == 0) barrier_arrive(&shared.q_empty);
+      if (last) warp_arrive(&shared.q_empty);
       named_barrier(kBothGroups, 256);
       for (int query = 0; query < kQueries; ++query) {
         const int n = shared.num_candidates[query];

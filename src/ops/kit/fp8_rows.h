@@ -29,6 +29,16 @@ inline float quantise_fp8_row(const float* x, int64_t n, uint8_t* y) {
   return scale;
 }
 
+// The row as its blocks of 128 in e4m3 hold it.
+inline void round_to_fp8_blocks(float* x, int64_t k) {
+  uint8_t values[kFp8Block];
+  for (int64_t begin = 0; begin < k; begin += kFp8Block) {
+    const int64_t n = std::min<int64_t>(kFp8Block, k - begin);
+    const float scale = quantise_fp8_row(x + begin, n, values);
+    for (int64_t i = 0; i < n; ++i) x[begin + i] = f8e4m3_to_f32(values[i]) * scale;
+  }
+}
+
 // What element i of a latent row in fp8 means, in f32.
 inline float fp8_latent_element(const PagedRows& rows, const uint8_t* row, int64_t i) {
   const uint8_t* scales = row + rows.fp8_elements;

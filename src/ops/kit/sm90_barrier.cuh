@@ -29,6 +29,13 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
+// One arrival of a whole warp, for what all its lanes have done before: an arrival alone speaks for
+// its own thread.
+__device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

@@ -10,18 +10,23 @@ namespace indexcache {
 
 namespace {
 
+// No CPU multiplies e4m3; there kFP8 is ref's alone, for tests.
+bool is_for_cpu(const MatmulArgs& args) { return args.compute != Compute::kFP8; }
+
 const OpImpl<MatmulArgs> kMatmulImpls[] = {
     {"onednn_tiles", matmul_onednn_tiles_supported, matmul_onednn},
-    {"avx512bf16", [](const MatmulArgs&) { return cpu_features().avx512_bf16; },
+    {"avx512bf16",
+     [](const MatmulArgs& args) { return cpu_features().avx512_bf16 && is_for_cpu(args); },
      [](Exec& exec, const MatmulArgs& args) {
        matmul_vector(avx512bf16::kMatmulKernels, exec, args);
      }},
-    {"avx512", [](const MatmulArgs&) { return cpu_features().avx512; },
+    {"avx512", [](const MatmulArgs& args) { return cpu_features().avx512 && is_for_cpu(args); },
      [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx512::kMatmulKernels, exec, args); }},
-    {"avx2", [](const MatmulArgs&) { return cpu_features().avx2; },
+    {"avx2", [](const MatmulArgs& args) { return cpu_features().avx2 && is_for_cpu(args); },
      [](Exec& exec, const MatmulArgs& args) { matmul_vector(avx2::kMatmulKernels, exec, args); }},
     {"onednn", matmul_onednn_supported, matmul_onednn},
 #if defined(INDEXCACHE_CUDA) && !defined(INDEXCACHE_CUDA_EMULATION)
+    {"sm90_fp8", matmul_fp8_hopper_supported, matmul_fp8_hopper, Device::kCuda},
     {"cublaslt", matmul_cublaslt_supported, matmul_cublaslt, Device::kCuda},
 #endif
 #ifdef INDEXCACHE_CUDA
@@ -40,7 +45,7 @@ void check_group(const Exec& exec, const MatmulArgs& args, const MatmulGroup& gr
   if (group.m == 0 || w.rows == 0) return;
   CHECK((group.y != nullptr) != (group.y16 != nullptr));
   if (group.x16 != nullptr || group.y16 != nullptr)
-    CHECK(exec.device == Device::kCuda && args.compute == Compute::kBF16);
+    CHECK(exec.device == Device::kCuda && args.compute != Compute::kF32);
   CHECK(group.y16 == nullptr || !args.accumulate);
   if (group.m > 1) {
     CHECK_GE(group.ldx, w.cols);

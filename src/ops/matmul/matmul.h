@@ -9,14 +9,18 @@
 //
 // Types. w may be f32, f16, bf16 or fp8 e4m3 with 128x128 block scales (w = fp8 * scale_inv). With
 // `Compute::kF32` both operands are used as float32. With `Compute::kBF16` both are rounded to bf16
-// (ties to even) before the product. Products are accumulated in float32 either way. Tolerance
+// (ties to even) before the product. With `Compute::kFP8`, which is for GPUs, that of an fp8 w
+// becomes e4m3 in blocks along k and w is not rounded; other products are kBF16's. Products are
+// accumulated in float32 in every case. Tolerance
 // against ref, which accumulates in double: |y - ref| <= 2 K eps sum_k |x w|, eps = 2^-24 (K
 // roundings of the partial sums, one of each product), evaluated on the operands after rounding.
 // With `accumulate` y counts as one more product. With `Compute::kBF16`, operands that are
-// subnormal in bf16 may count as zero. Edge cases: m = 0 writes nothing; k = 0 writes zeros (or
-// leaves y with `accumulate`); NaN and infinity propagate. With Exec::batch_invariant a row of y
-// depends on its row of x alone, bit for bit, and not on m or the other groups. Cost: 2 m n k
-// flops; m k + n k + m n elements.
+// subnormal in bf16 may count as zero. Hopper's fp8 tensor cores (`sm90_fp8`) keep of the terms of
+// one instruction, 32 products and the sum so far, 13 bits below the largest, so that a sum may be
+// off by 5 * 33 * 2^-13 of the largest product of its block of 128 besides. Edge cases: m = 0
+// writes nothing; k = 0 writes zeros (or leaves y with `accumulate`); NaN and infinity propagate.
+// With Exec::batch_invariant a row of y depends on its row of x alone, bit for bit, and not on m or
+// the other groups. Cost: 2 m n k flops; m k + n k + m n elements.
 #pragma once
 
 #include <span>

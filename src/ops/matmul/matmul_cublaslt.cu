@@ -237,7 +237,7 @@ bool same_shape(const MatmulGroup& a, const MatmulGroup& b) {
 Batch leading_batch(std::span<const MatmulGroup> groups, Compute compute) {
   Batch batch{groups[0]};
   const MatmulGroup& first = groups[0];
-  const bool direct = first.w.dtype == (compute == Compute::kBF16 ? DType::kBF16 : DType::kF32);
+  const bool direct = first.w.dtype == (compute != Compute::kF32 ? DType::kBF16 : DType::kF32);
   if (groups.size() < 2 || !direct || first.m == 0 || !same_shape(first, groups[1])) return batch;
   const Spacing step = spacing(first, groups[1]);
   const int64_t bytes = dtype_bytes(first.w.dtype);
@@ -255,10 +255,11 @@ Batch leading_batch(std::span<const MatmulGroup> groups, Compute compute) {
 
 // Up to kFewRows our own kernels read the weights at the memory's rate; small products are not
 // worth a launch each.
-bool is_for_library(const Batch& batch) {
+bool is_for_library(const Batch& batch, Compute compute) {
   constexpr int64_t kFewRows = 16, kSmallProduct = int64_t{1} << 21;
   const MatmulGroup& group = batch.first;
-  return group.m > kFewRows && batch.count * group.m * group.w.rows * group.w.cols > kSmallProduct;
+  return compute_for(compute, group.w.dtype) != Compute::kFP8 && group.m > kFewRows &&
+         batch.count * group.m * group.w.rows * group.w.cols > kSmallProduct;
 }
 
 // Returns whether the library could do it.
@@ -353,7 +354,7 @@ void for_batches(const MatmulArgs& args, const Take& take) {
 bool matmul_cublaslt_supported(const MatmulArgs& args) {
   bool any = false;
   for_batches(args, [&](const Batch& batch, std::span<const MatmulGroup>) {
-    any |= is_for_library(batch);
+    any |= is_for_library(batch, args.compute);
   });
   return any && library() != nullptr;
 }
@@ -362,9 +363,9 @@ void matmul_cublaslt(Exec& exec, const MatmulArgs& args) {
   std::vector<MatmulGroup> ours;
   for_batches(args, [&](const Batch& batch, std::span<const MatmulGroup> groups) {
     const bool done =
-        is_for_library(batch) &&
-        (args.compute == Compute::kBF16 ? run_batch<uint16_t>(exec.cuda(), batch, args.accumulate)
-                                        : run_batch<float>(exec.cuda(), batch, args.accumulate));
+        is_for_library(batch, args.compute) &&
+        (args.compute != Compute::kF32 ? run_batch<uint16_t>(exec.cuda(), batch, args.accumulate)
+                                       : run_batch<float>(exec.cuda(), batch, args.accumulate));
     if (!done) ours.insert(ours.end(), groups.begin(), groups.end());
   });
   matmul_cuda(exec, {ours, args.compute, args.accumulate});

@@ -84,9 +84,17 @@ __device__ __forceinline__ void store_output(const CudaProduct& p, int64_t row, 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarpLanes;
 constexpr int kRowChunk = 1024;  // of k, for which x lies in shared memory
 
+// Four elements of a block of 128 that a warp has in a row of its lanes, as e4m3 holds them.
+__device__ __forceinline__ void round_to_fp8(float (&four)[4]) {
+  float largest = 0;
+  for (int i = 0; i < 4; ++i) largest = with_magnitude(largest, four[i]);
+  const float scale = scale_for(warp_max(largest), 448.0f);
+  for (int i = 0; i < 4; ++i) four[i] = f8e4m3_bits_to_f32(quantised_fp8(four[i], scale)) * scale;
+}
+
 template <DType dtype, int kRows, class Products>
 __global__ void __launch_bounds__(kRowThreads)
-    matmul_rows_kernel(Products products, bool round, bool accumulate) {
+    matmul_rows_kernel(Products products, Compute compute, bool accumulate) {
   wait_for_previous();
   const CudaTile tile = products.template tile<kRows>();
   const CudaProduct& p = tile.product;
@@ -94,6 +102,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpLanes;
   if (first_row >= p.m || static_cast<int64_t>(blockIdx.x) * kRowWarps >= p.n) return;
   const int lane = threadIdx.x % kWarpLanes;
+  const bool round = compute == Compute::kBF16;
   __shared__ __align__(16) float x[kRows][kRowChunk];
   float sums[kRows] = {};
   for (int64_t begin = 0; begin < p.k; begin += kRowChunk) {
@@ -102,6 +111,9 @@ __global__ void __launch_bounds__(kRowThreads)
       const int row = i / (kRowChunk / 4), col = i % (kRowChunk / 4) * 4;
       float four[4];
       load_input(p, first_row + row, begin + col, four);
+      if constexpr (dtype == DType::kF8E4M3) {
+        if (compute == Compute::kFP8) round_to_fp8(four);
+      }
       for (int j = 0; j < 4; ++j) x[row][col + j] = round ? rounded_to_bf16(four[j]) : four[j];
     }
     __syncthreads();
@@ -291,6 +303,32 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+// --- rows as e4m3 holds them, in f32 ---
+
+constexpr int kRoundThreads = 128;  // of a row
+
+__global__ void __launch_bounds__(kRoundThreads)
+    round_rows_to_fp8_kernel(CudaProduct p, float* to, int64_t ld) {
+  wait_for_previous();
+  const int64_t row = blockIdx.x;
+  for (int64_t begin = 0; begin < ld; begin += 4 * kRoundThreads) {
+    const int64_t col = begin + 4 * threadIdx.x;
+    float four[4];
+    load_input(p, row, col, four);
+    round_to_fp8(four);
+    for (int i = 0; i < 4; ++i) {
+      if (col + i < p.k) to[row * ld + col + i] = four[i];
+    }
+  }
+}
+
+// For f32 products of many rows, where there is no fp8 tensor core for them: far from fast.
+const float* rounded_to_fp8(CudaStream& stream, const CudaProduct& p, float* to) {
+  launch(round_rows_to_fp8_kernel, dim3(static_cast<unsigned>(p.m)), kRoundThreads, 0, stream, p,
+         to, p.k);
+  return to;
+}
+
 // --- choosing ---
 
 // Up to here rows share one reading of the weights, without and with tensor cores.
@@ -307,7 +345,6 @@ struct Extent {
 template <DType dtype, class Products>
 void launch_products(CudaStream& stream, const Products& products, Extent extent, bool few,
                      Compute compute, bool accumulate) {
-  const bool round = compute == Compute::kBF16;
   const auto grid = [&](int64_t tile_rows, int64_t tile_cols) {
     const int64_t tiles =
         extent.row_tiles > 0 ? extent.row_tiles : ceil_div_cuda(extent.rows, tile_rows);
@@ -316,14 +353,14 @@ void launch_products(CudaStream& stream, const Products& products, Extent extent
   };
   if (few && extent.rows == 1) {
     launch(matmul_rows_kernel<dtype, 1, Products>, grid(1, kRowWarps), kRowThreads, 0, stream,
-           products, round, accumulate);
+           products, compute, accumulate);
   } else if (few && extent.rows <= 4) {
     launch(matmul_rows_kernel<dtype, 4, Products>, grid(4, kRowWarps), kRowThreads, 0, stream,
-           products, round, accumulate);
+           products, compute, accumulate);
   } else if (few) {
     launch(matmul_rows_kernel<dtype, 8, Products>, grid(8, kRowWarps), kRowThreads, 0, stream,
-           products, round, accumulate);
-  } else if (round) {
+           products, compute, accumulate);
+  } else if (compute == Compute::kBF16) {
     launch(matmul_mma_kernel<dtype, Products>, grid(kMmaRows, kMmaCols), kMmaThreads,
            2 * sizeof(MmaStage), stream, products, accumulate);
   } else {
@@ -339,7 +376,7 @@ bool is_aligned(const void* data, int64_t row_bytes) {
 }
 
 Rows rows_of(const MatmulGroup& group, Compute compute) {
-  const bool narrow = compute == Compute::kBF16 && group.m <= kNarrowRows &&
+  const bool narrow = compute != Compute::kF32 && group.m <= kNarrowRows &&
                       group.w.dtype == DType::kBF16 && is_aligned(group.w.data, 2 * group.w.cols) &&
                       (group.x16 != nullptr ? is_aligned(group.x16, 2 * group.ldx)
                                             : is_aligned(group.x, 4 * group.ldx));
@@ -350,7 +387,8 @@ template <DType dtype>
 void launch_list(CudaStream& stream, const ListedProducts& list, Extent extent, Rows rows,
                  const MatmulArgs& args) {
   if (rows != Rows::kNarrow) {
-    launch_products<dtype>(stream, list, extent, rows == Rows::kFew, args.compute, args.accumulate);
+    launch_products<dtype>(stream, list, extent, rows == Rows::kFew,
+                           compute_for(args.compute, dtype), args.accumulate);
     return;
   }
   const bool one_tile = extent.rows <= kNarrowTileRows;
@@ -362,6 +400,16 @@ void launch_list(CudaStream& stream, const ListedProducts& list, Extent extent, 
 }  // namespace
 
 void matmul_cuda(Exec& exec, const MatmulArgs& args) {
+  const auto through_f32 = [&](const MatmulGroup& group) {
+    return compute_for(args.compute, group.w.dtype) == Compute::kFP8 && group.m > kFewRows;
+  };
+  int64_t rounded_elements = 0;
+  for (const MatmulGroup& group : args.groups) {
+    if (through_f32(group)) rounded_elements += group.m * group.w.cols;
+  }
+  float* rounded = rounded_elements == 0 ? nullptr
+                                         : reinterpret_cast<float*>(exec.cuda().scratch(
+                                               static_cast<size_t>(4 * rounded_elements)));
   for (const Rows rows : {Rows::kNarrow, Rows::kFew, Rows::kMany}) {
     for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3}) {
       for_weight_dtype(dtype, [&]<DType kType>() {
@@ -386,6 +434,13 @@ void matmul_cuda(Exec& exec, const MatmulArgs& args) {
                                            static_cast<int32_t>(group.w.cols),
                                            group.x16,
                                            group.y16};
+          if (through_f32(group)) {
+            CudaProduct& product = list.products[extent.depth - 1];
+            product.x = rounded_to_fp8(exec.cuda(), product, rounded);
+            product.x16 = nullptr;
+            product.ldx = product.k;
+            rounded += group.m * group.w.cols;
+          }
           extent.rows = std::max(extent.rows, group.m);
           extent.cols = std::max(extent.cols, group.w.rows);
           if (extent.depth == kProductsPerLaunch) flush();
@@ -404,18 +459,29 @@ void matmul_experts_cuda(Exec& exec, const MatmulExpertsArgs& args) {
     const int64_t num_experts = static_cast<int64_t>(product.weights.size());
     // An expert that gets more rows than others reads its weights once for each tile of them.
     const bool few = args.num_rows <= kFewRows * num_experts;
-    const int64_t tile = few                              ? (args.num_rows <= num_experts ? 4 : 8)
-                         : args.compute == Compute::kBF16 ? kMmaRows
-                                                          : kTileRows;
+    const Compute compute = compute_for(args.compute, first.dtype);
+    const int64_t tile = few                         ? (args.num_rows <= num_experts ? 4 : 8)
+                         : compute == Compute::kBF16 ? kMmaRows
+                                                     : kTileRows;
     const Extent extent = {tile, first.rows, 1,
                            std::min(args.num_rows, args.num_rows / tile + num_experts)};
     ExpertProduct on_gpu = product;
     on_gpu.weights = {};
+    if (compute == Compute::kFP8 && !few) {
+      const CudaProduct rows = {.x = product.x,
+                                .ldx = product.ldx,
+                                .m = static_cast<int32_t>(args.num_rows),
+                                .k = static_cast<int32_t>(first.cols)};
+      on_gpu.x = rounded_to_fp8(exec.cuda(), rows,
+                                reinterpret_cast<float*>(exec.cuda().scratch(
+                                    static_cast<size_t>(4 * args.num_rows * first.cols))));
+      on_gpu.ldx = first.cols;
+    }
     const ExpertProducts products{on_gpu, args.row_begin, static_cast<int32_t>(num_experts),
                                   static_cast<int32_t>(first.rows),
                                   static_cast<int32_t>(first.cols)};
     for_weight_dtype(first.dtype, [&]<DType kType>() {
-      launch_products<kType>(exec.cuda(), products, extent, few, args.compute, false);
+      launch_products<kType>(exec.cuda(), products, extent, few, compute, false);
     });
   }
 }

@@ -9,6 +9,11 @@ namespace indexcache {
 // fp8 weights carry one scale per block of this many rows and columns.
 inline constexpr int64_t kScaleBlock = 128;
 
+// What `compute` means for a product with a matrix of this type.
+inline Compute compute_for(Compute compute, DType w) {
+  return compute == Compute::kFP8 && w != DType::kF8E4M3 ? Compute::kBF16 : compute;
+}
+
 struct MatmulKernels;
 
 void matmul_ref(Exec& exec, const MatmulArgs& args);
@@ -26,6 +31,9 @@ void matmul_experts_cuda(Exec& exec, const MatmulExpertsArgs& args);
 // NVIDIA's library, where it is installed, for products of many rows.
 bool matmul_cublaslt_supported(const MatmulArgs& args);
 void matmul_cublaslt(Exec& exec, const MatmulArgs& args);
+// Hopper's fp8 tensor cores with Compute::kFP8, for products of many rows.
+bool matmul_fp8_hopper_supported(const MatmulArgs& args);
+void matmul_fp8_hopper(Exec& exec, const MatmulArgs& args);
 
 // Best first. `ref` is last.
 std::span<const OpImpl<MatmulArgs>> matmul_impls();

@@ -110,6 +110,7 @@ void run_item(const Item& item, int64_t element_bytes, Exec& exec, int thread) {
 bool matmul_onednn_supported(const MatmulArgs& args) {
   const bool bf16 = args.compute == Compute::kBF16;
   if (args.batch_invariant) return false;  // it blocks by the whole shape
+  if (args.compute == Compute::kFP8) return false;
   if (bf16 && !cpu_features().avx512) return false;
   return std::all_of(args.groups.begin(), args.groups.end(), [&](const MatmulGroup& group) {
     const Weight& w = group.w;

@@ -13,7 +13,7 @@
 
 #include "base/checked.h"
 #include "base/rng.h"
-#include "ops/kit/test_device.h"
+#include "ops/kit/testing.h"
 #include "ops/matmul/matmul_impl.h"
 
 namespace indexcache {
@@ -104,12 +104,6 @@ std::unique_ptr<OwnedWeight> random_weight(Rng& rng, DType dtype, int64_t n, int
   for (float& scale : weight->scale_inv)
     scale = static_cast<float>(std::exp2(6 * rng.uniform() - 3));
   return weight;
-}
-
-std::vector<float> random_floats(Rng& rng, int64_t count) {
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = rng.normal();
-  return values;
 }
 
 std::vector<float> poisoned(int64_t count) {
@@ -208,6 +202,79 @@ TEST(Matmul, EveryImplementationAgreesWithRefOnOddSizes) {
             }
           }
         }
+      }
+    }
+  }
+}
+
+// The rate of the tensor cores costs accuracy besides; the largest product of a block is at most
+// the sum of its products. The reference rounds x to the same e4m3.
+TEST(Matmul, Fp8ProductsRoundTheirInput) {
+  Rng rng(printed_seed());
+  for (const int64_t k : {1, 16, 100, 128, 272, 1000, 1008}) {
+    for (const int64_t n : {1, 8, 72, 130, 392}) {
+      const auto weight = random_weight(rng, DType::kF8E4M3, n, k, static_cast<size_t>(n % 8 != 0));
+      const auto abs_weight = absolute(*weight);
+      for (const int64_t m : {1, 3, 8, 9, 130, 300}) {
+        const int64_t ldx = k + 4 - k % 4, ldy = n + 2;
+        std::vector<float> x = random_floats(rng, m * ldx);
+        for (float& value : x) value *= static_cast<float>(std::exp2(8 * rng.uniform() - 4));
+        const std::vector<float> abs_x = absolute(x);
+        for (const bool accumulate : {false, true}) {
+          std::vector<float> start = random_floats(rng, m * ldy), ref = start;
+          std::vector<float> bound = absolute(start);
+          const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
+          const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
+          run_as("ref", 1, {{&group, 1}, Compute::kFP8, accumulate});
+          run_as("ref", 1, {{&abs_group, 1}, Compute::kFP8, accumulate});
+          for (const char* name : implementations({{&group, 1}, Compute::kFP8, accumulate})) {
+            std::vector<float> y = start;
+            MatmulGroup own = group;
+            own.y = y.data();
+            run_as(name, 1, {{&own, 1}, Compute::kFP8, accumulate});
+            // 2 terms 2^-24 and 5 * 33 * 2^-13 of what is summed.
+            const int64_t terms = k + 2 + (std::string_view(name) == "sm90_fp8" ? 5 * 33 << 10 : 0);
+            expect_close(y, ref, bound, terms,
+                         fmt::format("{} m={} k={} n={} accumulate={}", name, m, k, n, accumulate));
+            if (HasFatalFailure()) return;
+          }
+        }
+      }
+    }
+  }
+}
+
+// What e4m3 holds exactly comes out exactly: no element, scale or block of the fp8 path is swapped
+// with another, whatever its tolerance.
+TEST(Matmul, Fp8ProductsOfOneElementAreExact) {
+  Rng rng(printed_seed());
+  const int64_t n = 392, k = 528, m = 300;
+  auto weight = random_weight(rng, DType::kF8E4M3, n, k, 0);
+  for (size_t i = 0; i < weight->scale_inv.size(); ++i)
+    weight->scale_inv[i] = static_cast<float>(std::exp2(static_cast<double>(i % 7)));
+  std::vector<float> x(static_cast<size_t>(m * k));
+  std::vector<int64_t> column;
+  for (int64_t i = 0; i < m; ++i) {
+    column.push_back(static_cast<int64_t>(rng.below(static_cast<uint64_t>(k))));
+    x[static_cast<size_t>(i * k + column.back())] = static_cast<float>(std::exp2(i % 5 - 2));
+  }
+  const TensorView view = {DType::kF8E4M3, {n, k}, weight->w.data};
+  std::vector<float> y(static_cast<size_t>(m * n));
+  const MatmulGroup group = {x.data(), k, m, weight->w, y.data(), n};
+  std::vector<const char*> names = implementations({{&group, 1}, Compute::kFP8});
+  names.push_back("ref");
+  for (const char* name : names) {
+    std::ranges::fill(y, kInfinity);
+    run_as(name, 1, {{&group, 1}, Compute::kFP8});
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t col = column[static_cast<size_t>(i)];
+        const float scale =
+            weight->scale_inv[static_cast<size_t>(j / kScaleBlock * 5 + col / kScaleBlock)];
+        const float want =
+            x[static_cast<size_t>(i * k + col)] * element_as_f32(view, j * k + col) * scale;
+        ASSERT_NEAR(y[static_cast<size_t>(i * n + j)], want, 1e-6 * std::fabs(want))
+            << name << " row " << i << " column " << j;
       }
     }
   }
@@ -512,7 +579,7 @@ TEST(Matmul, ExpertsAreGroupsOfTheirRows) {
     if (!can_run(impl.device)) continue;
     Rng rng(kSeed + 5);
     for (const DType dtype : kWeightTypes) {
-      for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
+      for (const Compute compute : {Compute::kF32, Compute::kBF16, Compute::kFP8}) {
         for (const std::vector<int32_t>& rows : std::vector<std::vector<int32_t>>{
                  {0, 0, 0}, {1, 0, 0}, {0, 3, 1, 0, 0}, {2, 2, 9, 40}, {0, 300, 17, 0, 1, 130}}) {
           const int64_t n = 131, k = 150, num_experts = static_cast<int64_t>(rows.size());
@@ -552,9 +619,9 @@ TEST(Matmul, ExpertsAreGroupsOfTheirRows) {
               {x.data(), ldx, all.last(experts), nullptr, y.data() + total * ldy, ldy}};
           run_on<MatmulExpertsArgs>(impl.device, matmul_experts, "matmul_experts", impl.name,
                                     {products, row_begin.data(), total, compute}, 2);
-          expect_close(y, ref, bound, k,
-                       fmt::format("{} {} rows {} compute {}", impl.name, dtype_name(dtype), total,
-                                   static_cast<int>(compute)));
+          expect_close(y, ref, bound, k + 2,
+                       fmt::format("{} {} rows {} {}", impl.name, dtype_name(dtype), total,
+                                   compute_name(compute)));
         }
       }
     }

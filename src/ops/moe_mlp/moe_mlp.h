@@ -5,15 +5,18 @@
 //   row r is of
 //
 // Rows [row_begin[e], row_begin[e + 1]) are expert e's; row_begin ascends from 0 to num_rows, and
-// only the GPU knows it (moe_group makes it). silu is silu_mul's. All matrices are bf16, sums are
-// f32, nothing is rounded between the products and the one rounding at the end. NaN and infinity
-// reach the outputs of their row alone.
+// only the GPU knows it (moe_group makes it). silu is silu_mul's. Matrices are bf16, or e4m3 with
+// scales of 128x128 blocks, with which rows of x become e4m3 too, as in matmul with Compute::kFP8.
+// Sums are f32, nothing is rounded between the products and the one rounding at the end. NaN and
+// infinity reach the outputs of their row alone.
 //
 // Tolerance against ref, which sums in double. With D = 2 k 2^-24 sum_k |x w| the error of a
 // product (matmul.h): moe_down |y - ref| <= D + 2^-8 (|ref| + D), the rounding to bf16 on both
 // sides. moe_gate_up: silu turns an error D_g of the gate into at most 1.1 D_g, so
 //   E = 1.1 D_g (|u| + D_u) + |silu(g)| D_u + 16 2^-24 |silu(g) u|,   |y - ref| <= E + 2^-8 (|ref|
 //   + E).
+// With e4m3, D grows by sum_b s_b 5 * 33 * 2^-13 max |x w|, the largest product of each block of
+// 128 (matmul.h says why).
 //
 // Cost: 2 or 4 rows n k flops; the matrices of experts that have rows, x and y once.
 #pragma once
@@ -27,7 +30,7 @@ namespace indexcache {
 
 // One matrix [n, k] of every expert.
 struct ExpertMatrices {
-  std::span<const Weight> weights;         // bf16, all of one shape; on a GPU `data` is its memory
+  std::span<const Weight> weights;         // all of one type and shape; on a GPU in its memory
   const Weight* device_weights = nullptr;  // on a GPU: `weights` in its memory
 };
 
@@ -53,8 +56,9 @@ struct MoeDownArgs {
   uint16_t* y = nullptr;  // [num_rows, n] bf16
 };
 
-// Whether a GPU takes matrices like this: bf16, 16-byte aligned, with n and k multiples of 8.
-bool moe_mlp_takes(const Weight& w);
+// Whether this GPU takes matrices like this: bf16, or with kFP8 on Hopper e4m3; aligned to 16
+// bytes, as every row is, with n a multiple of 8.
+bool moe_mlp_takes(const Weight& w, Compute compute);
 
 void moe_gate_up(Exec& exec, const MoeGateUpArgs& args);
 void moe_down(Exec& exec, const MoeDownArgs& args);

@@ -1,10 +1,11 @@
 // moe_gate_up and moe_down on Hopper, as lines of the ops' tables.
 #include <optional>
 
+#include "base/checked.h"
 #include "device/cuda.cuh"
 #include "device/gpus.h"
+#include "ops/kit/grouped_products_sm90.cuh"
 #include "ops/moe_mlp/moe_mlp_impl.h"
-#include "ops/moe_mlp/moe_mlp_sm90.cuh"
 
 namespace indexcache {
 
@@ -13,36 +14,66 @@ namespace {
 // With fewer rows an expert reading weights is all that counts, and narrow products read at once.
 constexpr int64_t kLeastRowsOfExpert = 4;
 
+bool is_fp8(const ExpertMatrices& matrices) { return matrices.weights[0].dtype == DType::kF8E4M3; }
+
 // Absent where the matrices are not evenly spaced.
-std::optional<sm90::MoeMatricesSm90> evenly_spaced(const ExpertMatrices& matrices) {
+std::optional<sm90::GroupedMatrices> evenly_spaced(const ExpertMatrices& matrices) {
   const std::span<const Weight> w = matrices.weights;
-  const int64_t size = 2 * w[0].rows * w[0].cols;
+  const int64_t size = dtype_bytes(w[0].dtype) * w[0].rows * w[0].cols;
   const int64_t stride = w.size() > 1 ? w[1].data - w[0].data : size;
+  const int64_t scale_stride =
+      w.size() > 1 && is_fp8(matrices) ? w[1].scale_inv - w[0].scale_inv : 0;
   if (stride < size || stride % 16 != 0) return std::nullopt;
   for (size_t e = 0; e < w.size(); ++e) {
-    if (w[e].data - w[0].data != static_cast<int64_t>(e) * stride) return std::nullopt;
+    const auto at = static_cast<int64_t>(e);
+    if (w[e].data - w[0].data != at * stride) return std::nullopt;
+    if (is_fp8(matrices) && w[e].scale_inv - w[0].scale_inv != at * scale_stride)
+      return std::nullopt;
   }
-  return sm90::MoeMatricesSm90{w[0].data, stride};
+  return sm90::GroupedMatrices{w[0].data, stride, w[0].scale_inv, scale_stride};
 }
 
 bool is_for_hopper(const ExpertRows& rows, const ExpertMatrices& matrices) {
   const auto num_experts = static_cast<int64_t>(matrices.weights.size());
-  return first_gpu_is_hopper() && rows.num_rows > kLeastRowsOfExpert * num_experts &&
-         num_experts <= sm90::kMaxMoeExperts && evenly_spaced(matrices).has_value();
+  return first_gpu_is_hopper() &&
+         (is_fp8(matrices) || rows.num_rows > kLeastRowsOfExpert * num_experts) &&
+         num_experts <= sm90::kMaxGroups && evenly_spaced(matrices).has_value();
 }
 
-sm90::MoeProductsSm90 products(const uint16_t* x, const ExpertRows& rows,
-                               const ExpertMatrices& matrices, uint16_t* y) {
-  sm90::MoeProductsSm90 p;
+// y [rows.num_rows, n] from x [num_rows, k] as bf16, in the order of `rows` or, with `ids`, to be
+// brought into it.
+void run(CudaStream& stream, const uint16_t* x, const int32_t* ids, const ExpertRows& rows,
+         const ExpertMatrices& matrices, const ExpertMatrices* up, uint16_t* y) {
+  const int64_t n = matrices.weights[0].rows, k = matrices.weights[0].cols;
+  sm90::GroupedProducts p;
   p.x = x;
   p.row_begin = rows.row_begin;
-  p.num_experts = static_cast<int>(matrices.weights.size());
+  p.num_groups = static_cast<int>(matrices.weights.size());
   p.num_rows = rows.num_rows;
-  p.n = matrices.weights[0].rows;
-  p.k = matrices.weights[0].cols;
+  p.n = n;
+  p.k = k;
   p.w = *evenly_spaced(matrices);
-  p.y = y;
-  return p;
+  if (up != nullptr) p.up = *evenly_spaced(*up);
+  p.y16 = y;
+  p.ldy = n;
+  if (is_fp8(matrices)) {
+    const int64_t value_bytes = (rows.num_rows * k + 255) / 256 * 256;
+    const int64_t blocks = ceil_div(k, kFp8Block);
+    sm90::QuantiseRows quantise{.x16 = x, .ldx = k, .ids = ids, .num_rows = rows.num_rows, .k = k};
+    quantise.values = stream.scratch(static_cast<size_t>(value_bytes + 4 * rows.num_rows * blocks));
+    quantise.scales = reinterpret_cast<float*>(quantise.values + value_bytes);
+    check_cuda(sm90::quantise_rows(quantise, stream_of(stream)), "rounding rows to fp8");
+    p.x = quantise.values;
+    p.x_scales = quantise.scales;
+  } else if (ids != nullptr) {
+    uint16_t* gathered =
+        reinterpret_cast<uint16_t*>(stream.scratch(static_cast<size_t>(2 * rows.num_rows * k)));
+    check_cuda(sm90::gather_bf16_rows(x, ids, rows.num_rows, k, gathered, stream_of(stream)),
+               "gathering rows");
+    p.x = gathered;
+  }
+  check_cuda(sm90::grouped_products(p, stream.num_multiprocessors(), stream_of(stream)),
+             "products of experts");
 }
 
 }  // namespace
@@ -56,24 +87,11 @@ bool moe_down_hopper_supported(const MoeDownArgs& args) {
 }
 
 void moe_gate_up_hopper(Exec& exec, const MoeGateUpArgs& args) {
-  CudaStream& stream = exec.cuda();
-  const int64_t k = args.gate.weights[0].cols;
-  uint16_t* rows =
-      reinterpret_cast<uint16_t*>(stream.scratch(static_cast<size_t>(2 * args.rows.num_rows * k)));
-  check_cuda(
-      sm90::gather_bf16_rows(args.x, args.tokens, args.rows.num_rows, k, rows, stream_of(stream)),
-      "gathering rows");
-  sm90::MoeProductsSm90 p = products(rows, args.rows, args.gate, args.y);
-  p.up = *evenly_spaced(args.up);
-  check_cuda(sm90::moe_products_sm90(p, stream.num_multiprocessors(), stream_of(stream)),
-             "products of experts");
+  run(exec.cuda(), args.x, args.tokens, args.rows, args.gate, &args.up, args.y);
 }
 
 void moe_down_hopper(Exec& exec, const MoeDownArgs& args) {
-  CudaStream& stream = exec.cuda();
-  check_cuda(sm90::moe_products_sm90(products(args.x, args.rows, args.down, args.y),
-                                     stream.num_multiprocessors(), stream_of(stream)),
-             "products of experts");
+  run(exec.cuda(), args.x, nullptr, args.rows, args.down, nullptr, args.y);
 }
 
 }  // namespace indexcache

@@ -12,7 +12,7 @@ void moe_down_ref(Exec& exec, const MoeDownArgs& args);
 void moe_gate_up_cuda(Exec& exec, const MoeGateUpArgs& args);
 void moe_down_cuda(Exec& exec, const MoeDownArgs& args);
 
-// Hopper, for experts that have tens of rows or more.
+// Hopper: bf16 where experts have tens of rows or more, e4m3 always.
 bool moe_gate_up_hopper_supported(const MoeGateUpArgs& args);
 bool moe_down_hopper_supported(const MoeDownArgs& args);
 void moe_gate_up_hopper(Exec& exec, const MoeGateUpArgs& args);

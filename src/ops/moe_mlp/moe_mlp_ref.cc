@@ -1,19 +1,34 @@
 // The meaning of moe_gate_up and moe_down: obvious loops, sums in double.
 #include <cmath>
-#include <cstring>
+#include <vector>
 
+#include "base/checked.h"
+#include "ops/kit/fp8_rows.h"
 #include "ops/moe_mlp/moe_mlp_impl.h"
+#include "tensor/tensor.h"
 
 namespace indexcache {
 
 namespace {
 
-double dot(const uint16_t* x, const Weight& w, int64_t row) {
+// A row of x as products with `w` take it.
+std::vector<float> input_row(const uint16_t* x, const Weight& w) {
+  std::vector<float> row;
+  for (int64_t i = 0; i < w.cols; ++i) row.push_back(bf16_to_f32(x[i]));
+  if (w.dtype == DType::kF8E4M3) round_to_fp8_blocks(row.data(), w.cols);
+  return row;
+}
+
+double dot(const std::vector<float>& x, const Weight& w, int64_t row) {
+  const TensorView view = {w.dtype, {w.rows, w.cols}, w.data};
   double sum = 0;
   for (int64_t i = 0; i < w.cols; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, w.data + 2 * (row * w.cols + i), 2);
-    sum += static_cast<double>(bf16_to_f32(x[i])) * bf16_to_f32(bits);
+    const float value = element_as_f32(view, row * w.cols + i);
+    const float scale =
+        w.dtype == DType::kF8E4M3
+            ? w.scale_inv[row / kFp8Block * ceil_div(w.cols, kFp8Block) + i / kFp8Block]
+            : 1;
+    sum += static_cast<double>(x[static_cast<size_t>(i)]) * value * scale;
   }
   return sum;
 }
@@ -39,7 +54,7 @@ void for_rows(Exec& exec, const ExpertRows& rows, size_t num_experts, const Row&
 void moe_gate_up_ref(Exec& exec, const MoeGateUpArgs& args) {
   for_rows(exec, args.rows, args.gate.weights.size(), [&](size_t e, int64_t r) {
     const Weight &gate = args.gate.weights[e], &up = args.up.weights[e];
-    const uint16_t* x = args.x + args.tokens[r] * gate.cols;
+    const std::vector<float> x = input_row(args.x + args.tokens[r] * gate.cols, gate);
     for (int64_t n = 0; n < gate.rows; ++n)
       args.y[r * gate.rows + n] =
           f32_to_bf16(static_cast<float>(silu(dot(x, gate, n)) * dot(x, up, n)));
@@ -49,8 +64,9 @@ void moe_gate_up_ref(Exec& exec, const MoeGateUpArgs& args) {
 void moe_down_ref(Exec& exec, const MoeDownArgs& args) {
   for_rows(exec, args.rows, args.down.weights.size(), [&](size_t e, int64_t r) {
     const Weight& w = args.down.weights[e];
+    const std::vector<float> x = input_row(args.x + r * w.cols, w);
     for (int64_t n = 0; n < w.rows; ++n)
-      args.y[r * w.rows + n] = f32_to_bf16(static_cast<float>(dot(args.x + r * w.cols, w, n)));
+      args.y[r * w.rows + n] = f32_to_bf16(static_cast<float>(dot(x, w, n)));
   });
 }
 

@@ -5,7 +5,10 @@
 
 #include <numeric>
 
+#include "base/checked.h"
+#include "ops/kit/fp8_rows.h"
 #include "ops/kit/testing.h"
+#include "tensor/tensor.h"
 
 namespace indexcache {
 
@@ -26,27 +29,61 @@ std::vector<float> as_f32(std::span<const uint16_t> values) {
   return floats;
 }
 
+int64_t num_scales(const Weight& w) {
+  return w.dtype == DType::kF8E4M3 ? ceil_div(w.rows, kFp8Block) * ceil_div(w.cols, kFp8Block) : 0;
+}
+
 // A matrix for each expert, one after another.
 struct Matrices {
-  std::vector<uint16_t> values;
+  std::vector<uint8_t> bytes;
+  std::vector<float> scales;
   std::vector<Weight> weights;
 
-  Matrices(Rng& rng, int64_t num_experts, int64_t n, int64_t k)
-      : values(random_bf16(rng, num_experts * n * k)) {
-    for (int64_t e = 0; e < num_experts; ++e)
-      weights.push_back(
-          {DType::kBF16, n, k, reinterpret_cast<const uint8_t*>(values.data() + e * n * k)});
+  Matrices(Rng& rng, DType dtype, int64_t num_experts, int64_t n, int64_t k) {
+    const Weight shape = {dtype, n, k};
+    for (int64_t i = 0; i < num_experts * n * k; ++i) {
+      const float value = rng.normal();
+      if (dtype == DType::kF8E4M3) {
+        bytes.push_back(f32_to_f8e4m3(value));
+      } else {
+        const uint16_t bits = f32_to_bf16(value);
+        bytes.push_back(static_cast<uint8_t>(bits));
+        bytes.push_back(static_cast<uint8_t>(bits >> 8));
+      }
+    }
+    for (int64_t i = 0; i < num_experts * num_scales(shape); ++i)
+      scales.push_back(static_cast<float>(std::exp2(4 * rng.uniform() - 2)));
+    for (int64_t e = 0; e < num_experts; ++e) {
+      Weight w = shape;
+      w.data = bytes.data() + e * n * k * dtype_bytes(dtype);
+      if (dtype == DType::kF8E4M3) w.scale_inv = scales.data() + e * num_scales(shape);
+      weights.push_back(w);
+    }
   }
   Matrices(const Matrices&) = delete;
   Matrices& operator=(const Matrices&) = delete;
+
+  double at(int64_t e, int64_t row, int64_t col) const {
+    const Weight& w = weights[static_cast<size_t>(e)];
+    const float value = element_as_f32({w.dtype, {w.rows, w.cols}, w.data}, row * w.cols + col);
+    if (w.scale_inv == nullptr) return value;
+    return static_cast<double>(value) *
+           w.scale_inv[row / kFp8Block * ceil_div(w.cols, kFp8Block) + col / kFp8Block];
+  }
 };
 
 void to_device(DeviceOperands& device, ExpertMatrices& matrices) {
   std::vector<Weight> weights(matrices.weights.begin(), matrices.weights.end());
-  const int64_t bytes = 2 * weights[0].rows * weights[0].cols;
+  const int64_t bytes = dtype_bytes(weights[0].dtype) * weights[0].rows * weights[0].cols,
+                count = static_cast<int64_t>(weights.size());
   const uint8_t* all = weights[0].data;  // one stretch, so that they lie there as here
-  device.elements(all, static_cast<int64_t>(weights.size()) * bytes);
-  for (Weight& w : weights) device.elements(w.data, bytes);
+  device.elements(all, count * bytes);
+  const float* all_scales = weights[0].scale_inv;
+  if (all_scales != nullptr) device.elements(all_scales, count * num_scales(weights[0]));
+  for (Weight& w : weights) {
+    device.elements(w.data, bytes);
+    if (w.scale_inv != nullptr) device.elements(w.scale_inv, num_scales(w));
+  }
   matrices.device_weights = device.upload(weights);
   matrices.weights = device.keep(std::move(weights));
 }
@@ -80,6 +117,7 @@ namespace {
 struct Shape {
   std::vector<int32_t> rows;  // of each expert
   int64_t n, k, num_tokens;
+  DType dtype = DType::kBF16;
 };
 
 std::vector<Shape> shapes() {
@@ -89,10 +127,16 @@ std::vector<Shape> shapes() {
       {{0, 9, 8, 0, 7, 17}, 136, 264, 11},
       {{70, 0, 1, 129}, 264, 136, 90},
   };
-  if (!kCudaIsEmulated) {
+  if (!kCudaIsEmulated && can_run(Device::kCuda)) {
     list.push_back({{300, 0, 128, 64, 65, 1, 0, 257}, 520, 1032, 400});
     list.push_back({std::vector<int32_t>(65, 150), 1536, 2048, 2048});
   }
+  std::vector<Shape> fp8 = list;
+  for (Shape& shape : fp8) {
+    shape.k = (shape.k + 15) / 16 * 16;
+    shape.dtype = DType::kF8E4M3;
+  }
+  list.insert(list.end(), fp8.begin(), fp8.end());
   return list;
 }
 
@@ -110,8 +154,8 @@ struct Problem {
         num_tokens(shape.num_tokens),
         x(random_bf16(rng, x_rows * k)),
         y(static_cast<size_t>(num_rows * n + kGuard)),
-        first(rng, num_experts, n, k),
-        second(rng, num_experts, n, k) {
+        first(rng, shape.dtype, num_experts, n, k),
+        second(rng, shape.dtype, num_experts, n, k) {
     for (const int32_t rows : shape.rows) row_begin.push_back(row_begin.back() + rows);
     for (int64_t r = 0; r < num_rows; ++r)
       tokens.push_back(static_cast<int32_t>(rng.below(static_cast<uint64_t>(num_tokens))));
@@ -141,18 +185,29 @@ struct Problem {
   }
 };
 
-// <x, w>, and the bound of its error, 2 k 2^-24 sum |x w|.
+// A row of x as products with `w` take it.
+std::vector<float> input_row(const uint16_t* x, const Matrices& w) {
+  std::vector<float> row;
+  for (int64_t i = 0; i < w.weights[0].cols; ++i) row.push_back(bf16_to_f32(x[i]));
+  if (w.weights[0].dtype == DType::kF8E4M3)
+    round_to_fp8_blocks(row.data(), static_cast<int64_t>(row.size()));
+  return row;
+}
+
+// <x, w>, and the bound of its error: 2 k 2^-24 sum |x w|, and with e4m3 5 * 33 * 2^-13 of the same
+// sum, which no largest product of a block exceeds.
 struct Product {
   double value = 0, error = 0;
 };
-Product product(const uint16_t* x, const uint16_t* w, int64_t k) {
+Product product(const std::vector<float>& x, const Matrices& w, int64_t e, int64_t row) {
   Product p;
-  for (int64_t i = 0; i < k; ++i) {
-    const double term = static_cast<double>(bf16_to_f32(x[i])) * bf16_to_f32(w[i]);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double term = static_cast<double>(x[i]) * w.at(e, row, static_cast<int64_t>(i));
     p.value += term;
     p.error += std::abs(term);
   }
-  p.error *= 2 * static_cast<double>(k) * kHalfUlp;
+  p.error *= 2 * static_cast<double>(x.size() + 2) * kHalfUlp +
+             (w.weights[0].dtype == DType::kF8E4M3 ? 5 * 33 * 0x1p-13 : 0);
   return p;
 }
 
@@ -191,10 +246,10 @@ TEST(MoeMlp, GateUpAgreesWithRef) {
       for (int64_t r = p.row_begin[static_cast<size_t>(e)];
            r < p.row_begin[static_cast<size_t>(e + 1)]; ++r) {
         if (r % step != 0) continue;
-        const uint16_t* x = p.x.data() + p.tokens[static_cast<size_t>(r)] * p.k;
+        const std::vector<float> x =
+            input_row(p.x.data() + p.tokens[static_cast<size_t>(r)] * p.k, p.first);
         for (int64_t i = 0; i < p.n; ++i) {
-          const Product gate = product(x, p.first.values.data() + (e * p.n + i) * p.k, p.k),
-                        up = product(x, p.second.values.data() + (e * p.n + i) * p.k, p.k);
+          const Product gate = product(x, p.first, e, i), up = product(x, p.second, e, i);
           const double silu = gate.value / (1 + std::exp(-gate.value));
           const double error = 1.1 * gate.error * (std::abs(up.value) + up.error) +
                                std::abs(silu) * up.error +
@@ -227,9 +282,9 @@ TEST(MoeMlp, DownAgreesWithRef) {
       for (int64_t r = p.row_begin[static_cast<size_t>(e)];
            r < p.row_begin[static_cast<size_t>(e + 1)]; ++r) {
         if (r % step != 0) continue;
+        const std::vector<float> x = input_row(p.x.data() + r * p.k, p.first);
         for (int64_t i = 0; i < p.n; ++i) {
-          const Product one =
-              product(p.x.data() + r * p.k, p.first.values.data() + (e * p.n + i) * p.k, p.k);
+          const Product one = product(x, p.first, e, i);
           want.push_back(static_cast<float>(one.value));
           bound.push_back(static_cast<float>(with_rounding(one.value, one.error)));
         }
@@ -247,9 +302,12 @@ TEST(MoeMlp, DownAgreesWithRef) {
 }
 
 // ref is what the formulas say, and rows see their own token, expert and nothing else.
-TEST(MoeMlp, RefIsTheFormula) {
+class MoeMlpRef : public testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(Types, MoeMlpRef, testing::Values(DType::kBF16, DType::kF8E4M3),
+                         [](const auto& type) { return std::string(dtype_name(type.param)); });
+TEST_P(MoeMlpRef, IsTheFormula) {
   Rng rng(printed_seed());
-  Problem p(rng, {{2, 0, 3}, 16, 24, 4}, 5);
+  Problem p(rng, {{2, 0, 3}, 16, 144, 4, GetParam()}, 5);
   const std::vector<float> down = p.run(moe_down_impls().back(), moe_down, "moe_down", p.down());
   const std::vector<float> gated =
       p.run(moe_gate_up_impls().back(), moe_gate_up, "moe_gate_up", p.gate_up());
@@ -257,12 +315,12 @@ TEST(MoeMlp, RefIsTheFormula) {
     const int64_t e = r < 2 ? 0 : 2;
     for (int64_t i = 0; i < p.n; ++i) {
       const size_t at = static_cast<size_t>(r * p.n + i);
-      const uint16_t *first = p.first.values.data() + (e * p.n + i) * p.k,
-                     *second = p.second.values.data() + (e * p.n + i) * p.k;
-      EXPECT_EQ(down[at], bf16_to_f32(f32_to_bf16(static_cast<float>(
-                              product(p.x.data() + r * p.k, first, p.k).value))));
-      const uint16_t* x = p.x.data() + p.tokens[static_cast<size_t>(r)] * p.k;
-      const double gate = product(x, first, p.k).value, up = product(x, second, p.k).value;
+      const std::vector<float> row = input_row(p.x.data() + r * p.k, p.first);
+      EXPECT_EQ(down[at],
+                bf16_to_f32(f32_to_bf16(static_cast<float>(product(row, p.first, e, i).value))));
+      const std::vector<float> x =
+          input_row(p.x.data() + p.tokens[static_cast<size_t>(r)] * p.k, p.first);
+      const double gate = product(x, p.first, e, i).value, up = product(x, p.second, e, i).value;
       EXPECT_EQ(gated[at],
                 bf16_to_f32(f32_to_bf16(static_cast<float>(gate / (1 + std::exp(-gate)) * up))));
     }
@@ -272,23 +330,27 @@ TEST(MoeMlp, RefIsTheFormula) {
 TEST(MoeMlp, NanStaysInItsRow) {
   Rng rng(printed_seed());
   for (const OpImpl<MoeDownArgs>& impl : moe_down_impls()) {
-    Problem p(rng, {{3, 30, 0, 20}, 40, 136, 5}, 53);
-    if (!can_run(impl.device) || !impl.supported(p.down())) continue;
-    p.x[static_cast<size_t>(10 * p.k + 5)] = f32_to_bf16(kNan);
-    const std::vector<float> got = p.run(impl, moe_down, "moe_down", p.down());
-    for (size_t i = 0; i < got.size(); ++i)
-      EXPECT_EQ(std::isnan(got[i]), static_cast<int64_t>(i) / p.n == 10) << impl.name << " " << i;
+    for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+      Problem p(rng, {{3, 30, 0, 20}, 40, 144, 5, dtype}, 53);
+      if (!can_run(impl.device) || !impl.supported(p.down())) continue;
+      p.x[static_cast<size_t>(10 * p.k + 5)] = f32_to_bf16(kNan);
+      const std::vector<float> got = p.run(impl, moe_down, "moe_down", p.down());
+      for (size_t i = 0; i < got.size(); ++i)
+        EXPECT_EQ(std::isnan(got[i]), static_cast<int64_t>(i) / p.n == 10) << impl.name << " " << i;
+    }
   }
 }
 
 TEST(MoeMlp, TheSameArgumentsGiveTheSameBits) {
   Rng rng(printed_seed());
   for (const OpImpl<MoeGateUpArgs>& impl : moe_gate_up_impls()) {
-    Problem p(rng, {{3, 40, 0, 21}, 40, 136, 50}, 50);
-    if (!can_run(impl.device) || !impl.supported(p.gate_up())) continue;
-    const std::vector<float> first = p.run(impl, moe_gate_up, "moe_gate_up", p.gate_up());
-    EXPECT_TRUE(same_bits(p.run(impl, moe_gate_up, "moe_gate_up", p.gate_up()), first))
-        << impl.name;
+    for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+      Problem p(rng, {{3, 40, 0, 21}, 40, 144, 50, dtype}, 50);
+      if (!can_run(impl.device) || !impl.supported(p.gate_up())) continue;
+      const std::vector<float> first = p.run(impl, moe_gate_up, "moe_gate_up", p.gate_up());
+      EXPECT_TRUE(same_bits(p.run(impl, moe_gate_up, "moe_gate_up", p.gate_up()), first))
+          << impl.name;
+    }
   }
 }
 

@@ -347,7 +347,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
       attend<kN, kMode>(shared, shared.q[q_index][0], stage, group, scale_log2, wanted, state);
       // The second warpgroup leaves its sums where its last tile was.
       const bool keep = kSplitKeys && group == 1 && tile + 2 >= num_tiles;
-      if (!keep && lane == 0) barrier_arrive(&shared.empty[stage]);
+      if (!keep) warp_arrive(&shared.empty[stage]);
     }
     if constexpr (kSplitKeys) {
       if (num_tiles >= 2) {
@@ -362,8 +362,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
         named_barrier(kBothGroups, 256);
         if (group == 0) {
           merge<kN>(state, place, thread);
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.empty[stage]);
+          warp_arrive(&shared.empty[stage]);
         }
       }
       if (group == 0)
