@@ -265,6 +265,7 @@ TEST_F(Cli, WrongUseIsTwo) {
       {"inspect"},
       {"inspect", "-m", model_, "--synthetic", "tiny"},
       {"logits", "-m", model_},
+      {"logits", "-m", model_, "--tokens", "x", "-o", ""},
       {"synth", "tiny"},
   };
   for (const auto& args : cases) {

@@ -89,6 +89,10 @@ void write_text_file(const std::string& path, std::string_view text) {
   file.commit();
 }
 
-void check_can_write(const std::string& path) { AtomicFile probe(path); }
+void check_can_write(std::initializer_list<std::string> paths) {
+  for (const std::string& path : paths) {
+    if (!path.empty()) AtomicFile probe(path);
+  }
+}
 
 }  // namespace indexcache

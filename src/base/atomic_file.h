@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 
@@ -34,7 +35,8 @@ class AtomicFile {
 
 void write_text_file(const std::string& path, std::string_view text);
 
-// Error if a file could not be written there: said before the work whose result is to go there.
-void check_can_write(const std::string& path);
+// Error if a file could not be written at one of the paths: said before the work whose results are
+// to go there. An empty path stands for an output that was not asked for.
+void check_can_write(std::initializer_list<std::string> paths);
 
 }  // namespace indexcache

@@ -40,7 +40,7 @@ void check_room_for_output(const Model& model, int64_t S) {
 int logits(const LogitsFlags& flags) {
   RunOptions options = run_options(flags.common);
   const std::vector<int32_t> tokens = load_token_ids(flags.token_file);
-  check_can_write(flags.output);
+  check_can_write({flags.output});
   std::error_code ignored;
   if (std::filesystem::equivalent(flags.output, flags.token_file, ignored))
     fail("{}: is the file of token ids, expected another file to write", printable(flags.output));
