@@ -1,4 +1,5 @@
-// indexcache inspect: what a checkpoint is and what it needs, from its headers alone.
+// indexcache inspect: what a checkpoint is and what it needs, from its headers alone. Headers that
+// `run` would refuse are refused.
 
 #include <map>
 #include <memory>
@@ -28,10 +29,7 @@ std::vector<TensorSpec> list_specs(const InspectFlags& flags, ModelSource* sourc
     return checkpoint_specs(source->config, shape_dtype(flags.shape));
   }
   *source = open_model(flags.common.model);
-  std::vector<TensorSpec> specs;
-  for (const auto& [name, view] : source->checkpoint.tensors())
-    specs.push_back({name, view.dtype, view.shape});
-  return specs;
+  return list_tensors(source->checkpoint);
 }
 
 int inspect(const InspectFlags& flags) {
@@ -49,6 +47,8 @@ int inspect(const InspectFlags& flags) {
   const Compute compute = resolve_compute(specs, options.compute);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
   const CacheTypes cached = cache_types(config, compute, options);
+  if (flags.shape.name.empty())
+    check_weights(source.checkpoint, config, plan, laid.adapter ? &*laid.adapter : nullptr);
 
   std::map<std::string, uint64_t> bytes_by_type;
   uint64_t parameters = 0;
