@@ -206,6 +206,17 @@ std::vector<Case> checkpoint_cases() {
        {"rope_theta"}},
       {"21 rope theta NaN", replaced("config.json", "1000000.0", "NaN"), {"config.json"}},
       {"21 experts per token", config("num_experts_per_tok", 9), {"num_experts_per_tok"}},
+      {"22 flipped bit",
+       [](const Model& m) {
+         m.write("sums", run_program({"inspect", "-m", m.path, "--sha256"}).out);
+         std::string bytes = m.read(kWeights);
+         bytes[bytes.size() - 1000] ^= 1;
+         m.write(kWeights, bytes);
+       },
+       {"1 of 4 differ, 0 missing, 0 surplus", kWeights},
+       Use::kInspect,
+       Base::kPlain,
+       {"--verify", "sums"}},
       {"23 shrunk to a hole",
        [](const Model& m) {
          fs::resize_file((m.write(kWeights, m.read(kWeights)), m / kWeights), 5000);
