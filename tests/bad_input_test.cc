@@ -278,6 +278,21 @@ TEST_F(BadInput, OddButGood) {
   }
 }
 
+// 24, EIO. What is mapped fails as in 23: the kernel has one signal for both.
+TEST_F(BadInput, ReadsThatFail) {
+  if (prctl(PR_GET_SECCOMP) < 0) GTEST_SKIP() << "needs a kernel with seccomp";
+  const Model model = copy_base(Base::kSharded);
+  for (const std::string& name :
+       {std::string("config.json"), std::string("tokenizer.json"), kIndex}) {
+    const auto size = static_cast<uint32_t>(fs::file_size(model / name));
+    const ProgramResult result =
+        run_program({"run", "-m", model.path, "-p", "x", "-n", "1"}, {.failing_read = size});
+    expect_failure(result, 1);
+    EXPECT_NE(result.err.find(name + ": read stopped"), std::string::npos) << result.err;
+    EXPECT_NE(result.err.find("Input/output error"), std::string::npos) << result.err;
+  }
+}
+
 TEST_F(BadInput, Checkpoints) { run_cases(checkpoint_cases()); }
 
 }  // namespace
