@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace indexcache {
 
@@ -35,8 +36,10 @@ class AtomicFile {
 
 void write_text_file(const std::string& path, std::string_view text);
 
-// Error if a file could not be written at one of the paths: said before the work whose results are
-// to go there. An empty path stands for an output that was not asked for.
-void check_can_write(std::initializer_list<std::string> paths);
+// Error if a file could not be written at one of the paths, or is one of those that are read: said
+// before the work whose results are to go there. An empty path stands for an output that was not
+// asked for.
+void check_can_write(std::initializer_list<std::string> paths,
+                     const std::vector<std::string>& inputs = {});
 
 }  // namespace indexcache
