@@ -25,6 +25,16 @@ std::vector<Case> tokenizer_cases() {
       {"27 negative id", json_set(t, "/model/vocab/a", -1), {t, "-1"}, run},
       {"27 hole in the ids", json_set(t, "/added_tokens/3/id", 1000), {t, "1000"}, run},
       {"28 merge of unknown tokens", json_set(t, "/model/merges", {"qqqq zzzz"}), {t, "qqqq"}, run},
+      {"28 10 M merges",
+       [=](const Model& m) {
+         std::string merges = "\"a a\"";
+         for (int i = 1; i < 10'000'000; ++i) merges += ",\"a a\"";
+         m.change_json(t, [](Json& json) { json["model"]["merges"] = Json::array(); });
+         std::string text = m.read(t);
+         m.write(t, text.insert(text.find("\"merges\":[") + 10, merges));
+       },
+       {t, "merges", "10000000", "at most 2097152"},
+       run},
       {"30 empty added token",
        json_set(t, "/added_tokens/0/content", ""),
        {t, "added_tokens"},
@@ -64,6 +74,13 @@ std::vector<Case> tokenizer_cases() {
        {"-p", std::string(20000, 'x')}},
       {"32 eos out of range", config("eos_token_id", 512), {"eos_token_id", "512"}},
       {"32 bos negative", config("bos_token_id", -2), {"bos_token_id"}},
+      {"34 10 MB of one letter",
+       file("prompt", std::string(10'000'000, 'a')),
+       {"10000000 tokens", "context"},
+       run,
+       Base::kPlain,
+       {"-f", "prompt"}},
+      {"34 overlong UTF-8", [](const Model&) {}, {"UTF-8"}, run, Base::kPlain, {"-p", "\xC0\xAF"}},
       {"34 invalid UTF-8", [](const Model&) {}, {"UTF-8"}, run, Base::kPlain, {"-p", "a\xFF\xFE"}},
       {"34 surrogate", [](const Model&) {}, {"UTF-8"}, run, Base::kPlain, {"-p", "\xED\xA0\x80"}},
   };

@@ -45,8 +45,8 @@ std::vector<Case> checkpoint_cases() {
       {"10 wrong shape",
        header(kEmbedding, "shape", {256, 512}),
        {kEmbedding, "[256, 512]", "[512, 256]"},
-       Use::kRun},
-      {"10 hidden size", config("hidden_size", 257), {"257", "256"}, Use::kRun},
+       Use::kBoth},
+      {"10 hidden size", config("hidden_size", 257), {"257", "256"}, Use::kBoth},
       {"11 many tensors",
        [](const Model& m) {
          std::string text = "{";
@@ -97,13 +97,25 @@ std::vector<Case> checkpoint_cases() {
          });
        },
        {"model.norm.weight", "missing"},
-       Use::kRun},
+       Use::kBoth},
+      {"14 missing, surplus, wrong shape and wrong type",
+       [](const Model& m) {
+         m.change_header([](Json& h) {
+           h["unrelated"] = h["model.norm.weight"];
+           h.erase("model.norm.weight");
+           h[kEmbedding]["shape"] = {256, 512};
+           h["model.layers.1.self_attn.q_a_layernorm.weight"]["dtype"] = "I32";
+         });
+       },
+       {"1 tensors missing, 2 of wrong shape or dtype, 1 surplus", "model.norm.weight",
+        "\"unrelated\": surplus", kEmbedding, "found [256, 512]", "q_a_layernorm", "I32"},
+       Use::kBoth},
       {"15 unknown dtype", header(kEmbedding, "dtype", "F4"), {kEmbedding, "F4"}},
       {"15 wrong size", header(kEmbedding, "dtype", "F32"), {kEmbedding}},
       {"15 integers where floats belong",
        header(kEmbedding, "dtype", "I16"),
        {kEmbedding, "I16"},
-       Use::kRun},
+       Use::kBoth},
       {"15 fp8 where a norm belongs",
        [](const Model& m) {
          m.change_header([](Json& h) {
@@ -112,7 +124,7 @@ std::vector<Case> checkpoint_cases() {
          });
        },
        {"model.norm.weight", "[1024] F8_E4M3", "[256] F32 or F16 or BF16"},
-       Use::kRun,
+       Use::kBoth,
        Base::kFp8},
       {"16 scales missing",
        [](const Model& m) {
@@ -123,12 +135,12 @@ std::vector<Case> checkpoint_cases() {
          });
        },
        {fp8_scale},
-       Use::kRun,
+       Use::kBoth,
        Base::kFp8},
       {"16 wrong tile count",
        header(fp8_scale, "shape", {4, 1}),
        {fp8_scale, "[4, 1]"},
-       Use::kRun,
+       Use::kBoth,
        Base::kFp8},
       {"16 scale NaN",
        scale(fp8_scale, NAN),
@@ -156,13 +168,13 @@ std::vector<Case> checkpoint_cases() {
                                       {"weight_block_size", {128, 128}},
                                       {"activation_scheme", "dynamic"}}),
        {"quantization_config"},
-       Use::kRun},
+       Use::kBoth},
       {"17 fp8 found, not stated",
        [](const Model& m) {
          m.change_json("config.json", [](Json& c) { c.erase("quantization_config"); });
        },
        {"quantization_config"},
-       Use::kRun,
+       Use::kBoth,
        Base::kFp8},
       {"17 other block size",
        config("quantization_config", {{"quant_method", "fp8"}, {"weight_block_size", {64, 64}}}),
@@ -194,6 +206,17 @@ std::vector<Case> checkpoint_cases() {
        {"rope_theta"}},
       {"21 rope theta NaN", replaced("config.json", "1000000.0", "NaN"), {"config.json"}},
       {"21 experts per token", config("num_experts_per_tok", 9), {"num_experts_per_tok"}},
+      {"22 flipped bit",
+       [](const Model& m) {
+         m.write("sums", run_program({"inspect", "-m", m.path, "--sha256"}).out);
+         std::string bytes = m.read(kWeights);
+         bytes[bytes.size() - 1000] ^= 1;
+         m.write(kWeights, bytes);
+       },
+       {"1 of 4 differ, 0 missing, 0 surplus", kWeights},
+       Use::kInspect,
+       Base::kPlain,
+       {"--verify", "sums"}},
       {"23 shrunk to a hole",
        [](const Model& m) {
          fs::resize_file((m.write(kWeights, m.read(kWeights)), m / kWeights), 5000);
@@ -252,6 +275,21 @@ TEST_F(BadInput, OddButGood) {
     outputs.push_back(result.out);
     EXPECT_EQ(outputs.back(), outputs.front());
     EXPECT_EQ(result.err.find("auto_map") != std::string::npos, outputs.size() == 2) << result.err;
+  }
+}
+
+// 24, EIO. What is mapped fails as in 23: the kernel has one signal for both.
+TEST_F(BadInput, ReadsThatFail) {
+  if (prctl(PR_GET_SECCOMP) < 0) GTEST_SKIP() << "needs a kernel with seccomp";
+  const Model model = copy_base(Base::kSharded);
+  for (const std::string& name :
+       {std::string("config.json"), std::string("tokenizer.json"), kIndex}) {
+    const auto size = static_cast<uint32_t>(fs::file_size(model / name));
+    const ProgramResult result =
+        run_program({"run", "-m", model.path, "-p", "x", "-n", "1"}, {.failing_read = size});
+    expect_failure(result, 1);
+    EXPECT_NE(result.err.find(name + ": read stopped"), std::string::npos) << result.err;
+    EXPECT_NE(result.err.find("Input/output error"), std::string::npos) << result.err;
   }
 }
 

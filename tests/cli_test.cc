@@ -88,6 +88,14 @@ TEST_F(Cli, InspectJsonKeepsItsContract) {
             std::string::npos);
 }
 
+TEST_F(Cli, InspectVerifiesSumsThatSha256sumAccepts) {
+  const std::string sums = folder_->write("sums", output({"inspect", "-m", model_, "--sha256"}));
+  const std::string check = "cd " + model_ + " && sha256sum --check --strict --quiet " + sums;
+  EXPECT_EQ(std::system(check.c_str()), 0);
+  EXPECT_NE(output({"inspect", "-m", model_, "--verify", sums}).find("plan          FS"),
+            std::string::npos);
+}
+
 TEST_F(Cli, GreedyIsRepeatable) {
   const std::string ids = *folder_ / "ids.json";
   const std::string text = output(run_args({"-p", "hello", "-n", "8"}));
@@ -264,7 +272,11 @@ TEST_F(Cli, WrongUseIsTwo) {
       {"bench"},
       {"inspect"},
       {"inspect", "-m", model_, "--synthetic", "tiny"},
+      {"inspect", "-m", model_, "--sha256", "--json"},
+      {"inspect", "--synthetic", "tiny", "--sha256"},
+      {"inspect", "--synthetic", "tiny", "--verify", "x"},
       {"logits", "-m", model_},
+      {"logits", "-m", model_, "--tokens", "x", "-o", ""},
       {"synth", "tiny"},
   };
   for (const auto& args : cases) {

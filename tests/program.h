@@ -3,15 +3,21 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <thread>
@@ -34,6 +40,7 @@ struct ProgramOptions {
   uint64_t address_space = uint64_t{4} << 30;  // RLIMIT_AS; 0: none
   bool interrupt_on_output = false;            // SIGINT once something is on stdout
   double kill_after = 0;                       // SIGKILL after so many seconds; 0: never
+  uint32_t failing_read = 0;                   // reads of exactly so many bytes fail; 0: none
 };
 
 struct ProgramResult {
@@ -54,6 +61,24 @@ inline std::string read_fd(int fd) {
   return text;
 }
 
+// Plays a broken disk: the kernel answers read() of exactly `num_bytes` bytes with EIO, in this
+// process and what it becomes.
+inline void fail_reads(uint32_t num_bytes) {
+  constexpr uint32_t kLowWord = offsetof(seccomp_data, args) + 2 * sizeof(uint64_t);
+  sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_read, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kLowWord),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, num_bytes, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program = {std::size(filter), filter};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+      prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+    _exit(126);
+}
+
 inline ProgramResult run_program(const std::vector<std::string>& args,
                                  const ProgramOptions& options = {}) {
   ProgramResult result;
@@ -72,6 +97,7 @@ inline ProgramResult run_program(const std::vector<std::string>& args,
       const rlimit limit = {options.address_space, options.address_space};
       setrlimit(RLIMIT_AS, &limit);
     }
+    if (options.failing_read > 0) fail_reads(options.failing_read);
     execv(INDEXCACHE_BINARY, argv.data());
     _exit(127);
   }

@@ -85,9 +85,9 @@ inline Spoil header_bytes(const std::string& header_text) {
 }
 
 // One fault: which good checkpoint is spoiled how, the command that meets it, and what its message
-// must name.
+// must name. kBoth: inspect and run, which say the same.
 enum class Base { kPlain, kSharded, kFp8 };
-enum class Use { kInspect, kRun, kLogits };
+enum class Use { kInspect, kRun, kBoth, kLogits };
 
 struct Case {
   std::string name;
@@ -133,26 +133,42 @@ class BadInput : public testing::Test {
     return model;
   }
 
+  // Of further arguments, names of files in the model's folder become their paths.
+  static std::vector<std::string> arguments(const Case& c, Use use, const Model& model) {
+    std::vector<std::string> args = {"inspect", "-m", model.path};
+    if (use == Use::kRun) args = {"run", "-m", model.path, "-n", "1"};
+    if (use == Use::kRun && c.more_args.empty()) args.insert(args.end(), {"-p", "x"});
+    if (use == Use::kLogits)
+      args = {"logits", "-m", model.path, "--tokens", model / "ids.json", "-o", model / "out"};
+    for (const std::string& arg : c.more_args) {
+      std::error_code too_long;
+      args.push_back(std::filesystem::is_regular_file(model / arg, too_long) ? model / arg : arg);
+    }
+    return args;
+  }
+
   static void run_cases(const std::vector<Case>& cases) {
     for (const Case& c : cases) {
       SCOPED_TRACE(c.name);
       const Model model = copy_base(c.base);
       c.spoil(model);
-      std::vector<std::string> args;
-      if (c.use == Use::kInspect) args = {"inspect", "-m", model.path};
-      if (c.use == Use::kRun) args = {"run", "-m", model.path, "-n", "1"};
-      if (c.use == Use::kRun && c.more_args.empty()) args.insert(args.end(), {"-p", "x"});
-      if (c.use == Use::kLogits)
-        args = {"logits", "-m", model.path, "--tokens", model / "ids.json", "-o", model / "out"};
-      for (const std::string& arg : c.more_args)
-        args.push_back(arg == "plan.json" ? model / arg : arg);
-      const ProgramResult result = run_program(args);
-      expect_failure(result, 1);
-      for (const std::string& word : c.words)
-        EXPECT_NE(result.err.find(word), std::string::npos) << word << " in " << result.err;
-      EXPECT_FALSE(std::filesystem::exists(model / "out"));
+      std::string message;
+      for (const Use use :
+           c.use == Use::kBoth ? std::vector{Use::kInspect, Use::kRun} : std::vector{c.use}) {
+        const ProgramResult result = run_program(arguments(c, use, model));
+        expect_failure(result, 1);
+        for (const std::string& word : c.words)
+          EXPECT_NE(result.err.find(word), std::string::npos) << word << " in " << result.err;
+        EXPECT_FALSE(std::filesystem::exists(model / "out"));
+        const std::string said =
+            result.err.substr(std::min(result.err.find("error: "), result.err.size()));
+        if (!message.empty()) {
+          EXPECT_EQ(said, message);
+        }
+        message = said;
+      }
       if (std::getenv("INDEXCACHE_PRINT_ERRORS"))
-        std::printf("%-32s %s", c.name.c_str(), result.err.c_str());
+        std::printf("%-32s %s", c.name.c_str(), message.c_str());
     }
   }
 

@@ -89,6 +89,17 @@ void write_text_file(const std::string& path, std::string_view text) {
   file.commit();
 }
 
-void check_can_write(const std::string& path) { AtomicFile probe(path); }
+void check_can_write(std::initializer_list<std::string> paths,
+                     const std::vector<std::string>& inputs) {
+  for (const std::string& path : paths) {
+    if (path.empty()) continue;
+    const AtomicFile probe(path);
+    for (const std::string& input : inputs) {
+      std::error_code not_there;
+      if (std::filesystem::equivalent(path, input, not_there))
+        fail("{}: is a file to read, expected another file to write", printable(path));
+    }
+  }
+}
 
 }  // namespace indexcache

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace indexcache {
 
@@ -34,7 +36,10 @@ class AtomicFile {
 
 void write_text_file(const std::string& path, std::string_view text);
 
-// Error if a file could not be written there: said before the work whose result is to go there.
-void check_can_write(const std::string& path);
+// Error if a file could not be written at one of the paths, or is one of those that are read: said
+// before the work whose results are to go there. An empty path stands for an output that was not
+// asked for.
+void check_can_write(std::initializer_list<std::string> paths,
+                     const std::vector<std::string>& inputs = {});
 
 }  // namespace indexcache

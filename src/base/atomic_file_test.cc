@@ -87,12 +87,13 @@ TEST_F(AtomicFileTest, RefusesWhatCannotBeWritten) {
 }
 
 TEST_F(AtomicFileTest, SaysBeforehandWhatCannotBeWritten) {
-  EXPECT_THROW(check_can_write(folder_ + "/none/file"), Error);
-  EXPECT_THROW(check_can_write(folder_), Error);
-  check_can_write(path_);
+  EXPECT_THROW(check_can_write({folder_ + "/none/file"}), Error);
+  EXPECT_THROW(check_can_write({"", path_, folder_}), Error);
+  check_can_write({path_, ""});
   EXPECT_EQ(num_files(), 0u);
   write_text_file(path_, "old");
-  check_can_write(path_);
+  check_can_write({path_}, {folder_ + "/none"});
+  EXPECT_THROW(check_can_write({path_}, {folder_ + "/none", folder_ + "/./file"}), Error);
   EXPECT_EQ(read_text_file(path_), "old");
   EXPECT_EQ(num_files(), 1u);
 }

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -9,6 +10,8 @@
 namespace indexcache {
 
 namespace {
+
+using State = std::array<uint32_t, 8>;
 
 constexpr uint32_t kRound[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
@@ -20,7 +23,7 @@ constexpr uint32_t kRound[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-void compress(uint32_t state[8], const uint8_t* block) {
+void compress(State* state, const uint8_t* block) {
   uint32_t w[64];
   for (int i = 0; i < 16; ++i) {
     w[i] = static_cast<uint32_t>(block[4 * i]) << 24 |
@@ -32,33 +35,33 @@ void compress(uint32_t state[8], const uint8_t* block) {
     const uint32_t s1 = std::rotr(w[i - 2], 17) ^ std::rotr(w[i - 2], 19) ^ (w[i - 2] >> 10);
     w[i] = w[i - 16] + s0 + w[i - 7] + s1;
   }
-  uint32_t v[8];
-  std::memcpy(v, state, sizeof(v));
+  // The eight variables in eight registers: as an array they are moved in memory, at half the
+  // speed.
+  auto [a, b, c, d, e, f, g, h] = *state;
   for (int i = 0; i < 64; ++i) {
-    const uint32_t s1 = std::rotr(v[4], 6) ^ std::rotr(v[4], 11) ^ std::rotr(v[4], 25);
-    const uint32_t choose = (v[4] & v[5]) ^ (~v[4] & v[6]);
-    const uint32_t t1 = v[7] + s1 + choose + kRound[i] + w[i];
-    const uint32_t s0 = std::rotr(v[0], 2) ^ std::rotr(v[0], 13) ^ std::rotr(v[0], 22);
-    const uint32_t majority = (v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]);
-    const uint32_t t2 = s0 + majority;
-    std::memmove(v + 1, v, 7 * sizeof(uint32_t));
-    v[4] += t1;
-    v[0] = t1 + t2;
+    const uint32_t s1 = std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25);
+    const uint32_t choose = (e & f) ^ (~e & g);
+    const uint32_t t1 = h + s1 + choose + kRound[i] + w[i];
+    const uint32_t s0 = std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22);
+    const uint32_t majority = (a & b) ^ (a & c) ^ (b & c);
+    h = g, g = f, f = e, e = d + t1;
+    d = c, c = b, b = a, a = t1 + s0 + majority;
   }
-  for (int i = 0; i < 8; ++i) state[i] += v[i];
+  const uint32_t after[] = {a, b, c, d, e, f, g, h};
+  for (size_t i = 0; i < 8; ++i) (*state)[i] += after[i];
 }
 
 }  // namespace
 
 std::string sha256_hex(std::string_view bytes) {
-  uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  State state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   // The message, a one bit, zeros, and the message's length in bits as the last eight bytes of a
   // whole block.
   const uint64_t num_bits = static_cast<uint64_t>(bytes.size()) * 8;
   const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
   const size_t num_whole = bytes.size() / 64;
-  for (size_t i = 0; i < num_whole; ++i) compress(state, data + 64 * i);
+  for (size_t i = 0; i < num_whole; ++i) compress(&state, data + 64 * i);
   const size_t rest = bytes.size() - 64 * num_whole;
   uint8_t tail[128] = {};
   if (rest > 0) std::memcpy(tail, data + 64 * num_whole, rest);
@@ -66,7 +69,7 @@ std::string sha256_hex(std::string_view bytes) {
   const size_t tail_bytes = rest < 56 ? 64 : 128;
   for (size_t i = 0; i < 8; ++i)
     tail[tail_bytes - 1 - i] = static_cast<uint8_t>(num_bits >> (8 * i));
-  for (size_t i = 0; i < tail_bytes; i += 64) compress(state, tail + i);
+  for (size_t i = 0; i < tail_bytes; i += 64) compress(&state, tail + i);
 
   std::string hex;
   for (uint32_t word : state) hex += fmt::format("{:08x}", word);

@@ -461,9 +461,7 @@ int bench(BenchFlags flags) {
   if (flags.shape.name.empty() == flags.common.model.empty())
     throw CLI::ValidationError("bench", "expected either -m or --synthetic");
   RunOptions options = run_options(flags.common);
-  for (const std::string& path : {flags.output, flags.ops_output}) {
-    if (!path.empty()) check_can_write(path);
-  }
+  check_can_write({flags.output, flags.ops_output});
   std::sort(flags.contexts.begin(), flags.contexts.end());
   flags.contexts.erase(std::unique(flags.contexts.begin(), flags.contexts.end()),
                        flags.contexts.end());

@@ -276,9 +276,7 @@ std::string evaluation_text(const Evaluation& eval) {
 }
 
 int eval(const EvalFlags& flags) {
-  for (const std::string& path : {flags.output, flags.html}) {
-    if (!path.empty()) check_can_write(path);
-  }
+  check_can_write({flags.output, flags.html}, flags.data.files);
   const ModelSource source = open_model(flags.common.model);
   check_sequence_length(flags.data.request.sequence_tokens, source.config, true);
   const std::vector<TaskKind> kinds = task_kinds(flags.tasks);

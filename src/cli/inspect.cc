@@ -1,13 +1,17 @@
-// indexcache inspect: what a checkpoint is and what it needs, from its headers alone.
+// indexcache inspect: what a checkpoint is and what it needs, from its headers alone. Headers that
+// `run` would refuse are refused.
 
 #include <map>
 #include <memory>
 
 #include "base/json.h"
+#include "base/log.h"
+#include "checkpoint/manifest.h"
 #include "cli/options.h"
 #include "cli/report.h"
 #include "cli/shape_flags.h"
 #include "device/gpus.h"
+#include "device/thread_pool.h"
 
 namespace indexcache {
 
@@ -16,7 +20,8 @@ namespace {
 struct InspectFlags {
   CommonFlags common;
   ShapeFlags shape;
-  bool json = false, tensors = false;
+  bool json = false, tensors = false, sha256 = false;
+  std::string verify;
 };
 
 // The tensors' names, types and shapes; of a shape by name, as they would be.
@@ -28,16 +33,22 @@ std::vector<TensorSpec> list_specs(const InspectFlags& flags, ModelSource* sourc
     return checkpoint_specs(source->config, shape_dtype(flags.shape));
   }
   *source = open_model(flags.common.model);
-  std::vector<TensorSpec> specs;
-  for (const auto& [name, view] : source->checkpoint.tensors())
-    specs.push_back({name, view.dtype, view.shape});
-  return specs;
+  return list_tensors(source->checkpoint);
 }
 
 int inspect(const InspectFlags& flags) {
   if (flags.shape.name.empty() == flags.common.model.empty())
     throw CLI::ValidationError("inspect", "expected either -m or --synthetic");
   RunOptions options = run_options(flags.common);
+  const int num_threads = options.num_threads > 0 ? options.num_threads : num_usable_cpus();
+  if (flags.sha256) {
+    fmt::print("{}", sha256_manifest(flags.common.model, num_threads));
+    return 0;
+  }
+  if (!flags.verify.empty()) {
+    const size_t num_files = verify_manifest(flags.common.model, flags.verify, num_threads);
+    info("{} files are as {} says", num_files, printable(flags.verify, 400));
+  }
   ModelSource source;
   std::vector<TensorSpec> own_specs = list_specs(flags, &source);
   const LaidOver laid =
@@ -49,6 +60,8 @@ int inspect(const InspectFlags& flags) {
   const Compute compute = resolve_compute(specs, options);
   const MemoryPlan memory = plan_memory(config, specs, plan, compute, options);
   const CacheTypes cached = cache_types(config, compute, options);
+  if (flags.shape.name.empty())
+    check_weights(source.checkpoint, config, plan, laid.adapter ? &*laid.adapter : nullptr);
 
   std::map<std::string, uint64_t> bytes_by_type;
   uint64_t parameters = 0;
@@ -141,12 +154,21 @@ void add_inspect_command(CLI::App* program, int* exit_code) {
       "inspect", "Say what a checkpoint is, its plan and the memory it needs");
   command->footer(
       "Example: indexcache inspect -m models/demo -c 32768\n"
-      "         indexcache inspect --synthetic glm-5.2 -c 200000 --plan 1/4");
+      "         indexcache inspect --synthetic glm-5.2 -c 200000 --plan 1/4\n"
+      "         indexcache inspect -m models/demo --sha256 > demo.sha256\n"
+      "         indexcache inspect -m models/demo --verify demo.sha256");
   add_model_flag(command, &flags->common, false);
   add_run_flags(command, &flags->common);
   add_shape_flags(command, &flags->shape, "--synthetic");
-  command->add_flag("--tensors", flags->tensors, "List every tensor");
-  command->add_flag("--json", flags->json, "One JSON object");
+  CLI::Option* tensors = command->add_flag("--tensors", flags->tensors, "List every tensor");
+  CLI::Option* json = command->add_flag("--json", flags->json, "One JSON object");
+  CLI::Option* verify = command->add_option(
+      "--verify", flags->verify, "First compare the model's files with their sums in this file");
+  verify->excludes("--synthetic");
+  command
+      ->add_flag("--sha256", flags->sha256,
+                 "Print only the SHA-256 sums of the model's files, as sha256sum does")
+      ->excludes("--synthetic", tensors, json, verify);
   command->callback([flags, exit_code] { *exit_code = inspect(*flags); });
 }
 

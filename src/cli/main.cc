@@ -29,9 +29,15 @@ std::string check_whole_number(const std::string& text, bool with_sign) {
                      with_sign ? INT64_MIN + 1 : 0, largest);
 }
 
-void check_whole_numbers(CLI::App* program) {
+// A number is whole where one is asked for, and no option that a command cannot do without is
+// empty.
+void check_values(CLI::App* program) {
   for (CLI::App* command : program->get_subcommands([](CLI::App*) { return true; })) {
     for (CLI::Option* option : command->get_options()) {
+      if (option->get_required()) {
+        option->check(CLI::Validator(
+            [](std::string& text) { return text.empty() ? "expected a value" : ""; }, ""));
+      }
       const std::string type = option->get_type_name();
       const bool with_sign = type.starts_with("INT"), without = type.starts_with("UINT");
       if (!with_sign && !without) continue;
@@ -62,7 +68,7 @@ int run_program(int argc, char** argv) {
   add_report_command(&program, &exit_code);
   add_synth_command(&program, &exit_code);
   add_train_command(&program);
-  check_whole_numbers(&program);
+  check_values(&program);
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

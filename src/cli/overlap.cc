@@ -23,9 +23,7 @@ struct OverlapFlags {
 };
 
 int overlap(const OverlapFlags& flags) {
-  for (const std::string& path : {flags.output, flags.html}) {
-    if (!path.empty()) check_can_write(path);
-  }
+  check_can_write({flags.output, flags.html}, flags.data.files);
   const ModelSource source = open_model(flags.common.model);
   check_sequence_length(flags.data.request.sequence_tokens, source.config, false);
   const TextData text = load_text(flags.data, flags.common.model, source.config);

@@ -18,6 +18,7 @@ struct ReportFlags {
 };
 
 int report(const ReportFlags& flags) {
+  check_can_write({flags.output}, flags.files);
   std::vector<ReportPart> parts;
   for (const std::string& path : flags.files)
     parts.push_back({printable(path, 400), load_json(path)});

@@ -274,9 +274,7 @@ int search(const SearchFlags& flags) {
   if (!flags.common.run.plan.empty())
     fail("--plan {}: search starts from all layers full, expected no --plan",
          printable(flags.common.run.plan));
-  for (const std::string& path : {flags.output, flags.html}) {
-    if (!path.empty()) check_can_write(path);
-  }
+  check_can_write({flags.output, flags.html}, flags.data.files);
   const double start = monotonic_seconds();
   const ModelSource source = open_model(flags.common.model);
   const int num_layers = static_cast<int>(source.config.num_hidden_layers);

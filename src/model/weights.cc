@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <optional>
 #include <unordered_set>
 
 #include "base/log.h"
@@ -18,9 +19,8 @@ std::string layer_prefix(int64_t layer) { return fmt::format("model.layers.{}.",
 
 // What was asked of the binder, to be turned into Weights once finish() has found no problem.
 struct Loader {
-  Binder& binder;
+  Binder binder;
   const ModelConfig& config;
-  Compute compute;
   Weights& out;
   struct Matrix {
     Weight* weight;
@@ -203,58 +203,77 @@ std::vector<std::pair<std::string, std::string>> unused_prefixes(const ModelConf
 
 namespace {
 
-void bind_adapter(const IndexerAdapter& adapter, const ModelConfig& config, const IndexPlan& plan,
-                  Compute compute, Weights* weights) {
+// All that a model takes, found and not yet read.
+struct Matched {
+  Loader own;
+  std::vector<Weight> kv_b_proj;        // of each layer
+  std::optional<Loader> brought;        // by an adapter
+  std::deque<IndexerWeights> not_used;  // brought, and checked all the same
+};
+
+void match_adapter(const IndexerAdapter& adapter, const ModelConfig& config, const IndexPlan& plan,
+                   Weights* weights, Matched* matched) {
   const IndexPlan brought = adapter_plan(adapter, static_cast<int>(config.num_hidden_layers));
-  Binder binder(adapter.tensors);
-  Loader loader{binder, config, compute, *weights, {}, {}};
-  std::deque<IndexerWeights> not_used;  // checked all the same
+  Loader& loader = matched->brought.emplace(Loader{Binder(adapter.tensors), config, *weights});
   for (int layer = 0; layer < brought.num_layers(); ++layer) {
     if (!brought.is_full(layer)) continue;
     IndexerWeights* indexer = plan.is_full(layer)
                                   ? &weights->layers[static_cast<size_t>(layer)].indexer
-                                  : &not_used.emplace_back();
+                                  : &matched->not_used.emplace_back();
     loader.indexer(indexer, indexer_prefix(layer));
   }
-  binder.finish();
-  loader.resolve(printable(adapter.tensors.path));
+  loader.binder.finish();
+}
+
+Matched match(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
+              const IndexerAdapter* adapter, Weights* weights) {
+  check_quantization(checkpoint, config);
+  Matched matched{{Binder(checkpoint), config, *weights}};
+  Loader& loader = matched.own;
+  for (const auto& [prefix, reason] : unused_prefixes(config, plan))
+    loader.binder.ignore_prefix(prefix, reason);
+  for (int layer = 0; adapter != nullptr && layer < plan.num_layers(); ++layer) {
+    if (plan.is_full(layer))
+      loader.binder.ignore_prefix(indexer_prefix(layer), "indexers, which an adapter replaces");
+  }
+
+  loader.matrix(&weights->embed_tokens, "model.embed_tokens.weight", config.vocab_size,
+                config.hidden_size);
+  loader.vector(&weights->norm, "model.norm.weight", config.hidden_size);
+  if (!config.tie_word_embeddings) {
+    loader.matrix(&weights->lm_head, "lm_head.weight", config.vocab_size, config.hidden_size);
+  }
+  weights->layers.resize(static_cast<size_t>(config.num_hidden_layers));
+  matched.kv_b_proj.resize(weights->layers.size());
+  for (size_t i = 0; i < weights->layers.size(); ++i) {
+    loader.layer(&weights->layers[i], &matched.kv_b_proj[i], static_cast<int>(i),
+                 adapter == nullptr && plan.is_full(static_cast<int>(i)));
+  }
+  loader.binder.finish();
+  if (adapter != nullptr) match_adapter(*adapter, config, plan, weights, &matched);
+  return matched;
 }
 
 }  // namespace
 
+void check_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
+                   const IndexerAdapter* adapter) {
+  Weights unread;
+  match(checkpoint, config, plan, adapter, &unread);
+}
+
 Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
                      Compute compute, const IndexerAdapter* adapter) {
-  check_quantization(checkpoint, config);
   Weights weights;
-  Binder binder(checkpoint);
-  Loader loader{binder, config, compute, weights, {}, {}};
-  for (const auto& [prefix, reason] : unused_prefixes(config, plan))
-    binder.ignore_prefix(prefix, reason);
-  for (int layer = 0; adapter != nullptr && layer < plan.num_layers(); ++layer) {
-    if (plan.is_full(layer))
-      binder.ignore_prefix(indexer_prefix(layer), "indexers, which an adapter replaces");
-  }
+  Matched matched = match(checkpoint, config, plan, adapter, &weights);
+  if (const std::string ignored = matched.own.binder.ignored_summary(); !ignored.empty())
+    info("{}", ignored);
 
-  loader.matrix(&weights.embed_tokens, "model.embed_tokens.weight", config.vocab_size,
-                config.hidden_size);
-  loader.vector(&weights.norm, "model.norm.weight", config.hidden_size);
-  if (!config.tie_word_embeddings) {
-    loader.matrix(&weights.lm_head, "lm_head.weight", config.vocab_size, config.hidden_size);
-  }
-  weights.layers.resize(static_cast<size_t>(config.num_hidden_layers));
-  std::vector<Weight> kv_b_proj(weights.layers.size());
-  for (size_t i = 0; i < weights.layers.size(); ++i) {
-    loader.layer(&weights.layers[i], &kv_b_proj[i], static_cast<int>(i),
-                 adapter == nullptr && plan.is_full(static_cast<int>(i)));
-  }
-  binder.finish();
-  if (const std::string ignored = binder.ignored_summary(); !ignored.empty()) info("{}", ignored);
-
-  loader.resolve(printable(checkpoint.path));
-  if (adapter != nullptr) bind_adapter(*adapter, config, plan, compute, &weights);
+  matched.own.resolve(printable(checkpoint.path));
+  if (adapter != nullptr) matched.brought->resolve(printable(adapter->tensors.path));
   if (config.tie_word_embeddings) weights.lm_head = weights.embed_tokens;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
-    split_kv_b(kv_b_proj[i], config.attention, compute, &weights.layers[i], &weights);
+    split_kv_b(matched.kv_b_proj[i], config.attention, compute, &weights.layers[i], &weights);
   }
   return weights;
 }

@@ -89,6 +89,11 @@ struct Weights {
 // Copies all weights to the GPU, where their pointers then lead; the host keeps none.
 void move_to_gpu(Exec& exec, Weights* weights);
 
+// Error that lists every tensor which does not fit, from names, types and shapes alone: what
+// bind_weights asks before it reads.
+void check_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,
+                   const IndexerAdapter* adapter = nullptr);
+
 // `plan` is the plan in force; with an adapter (null: none), all its full layers are full in the
 // adapter's. Owned copies are made in `compute`'s type.
 Weights bind_weights(const Checkpoint& checkpoint, const ModelConfig& config, const IndexPlan& plan,

@@ -166,6 +166,8 @@ class Reader {
 
   void read_merges(const JsonObject& model) {
     const Json& merges = array(model, "merges");
+    if (merges.size() > kMaxMerges)
+      fail("{}: \"merges\" has {} entries, expected at most {}", where_, merges.size(), kMaxMerges);
     file_.merges.reserve(merges.size());
     for (const Json& merge : merges) {
       const size_t rank = file_.merges.size();

@@ -19,6 +19,7 @@
 namespace indexcache {
 
 inline constexpr size_t kMaxTokenizerBytes = 64u << 20;
+inline constexpr size_t kMaxMerges = size_t{1} << 21;
 
 struct TokenizerFile {
   std::vector<std::string> tokens;      // by id, as the file writes them (byte-level spelling)

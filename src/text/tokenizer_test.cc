@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <ctime>
 #include <functional>
+#include <limits>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -151,6 +154,32 @@ TEST(Tokenizer, LongTextsRoundTrip) {
     while (text.size() < 300'000) text += unit;
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(text, false, true), false), text) << unit;
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(text, false, false), false), text) << unit;
+  }
+}
+
+// 8 times the text takes 8 times the time, and somewhat more where a cache ends; quadratic steps
+// would take 64 times as long.
+TEST(Tokenizer, TimeIsLinearInTheText) {
+  const Tokenizer tokenizer =
+      Tokenizer::load(std::string(INDEXCACHE_SOURCE_DIR) + "/models/demo/tokenizer.json");
+  // CPU time, so that other programs count little.
+  const auto seconds_of = [&](std::string_view text) {
+    std::clock_t least = std::numeric_limits<std::clock_t>::max();
+    for (int i = 0; i < 2; ++i) {
+      const std::clock_t start = std::clock();
+      tokenizer.encode(text, false, true);
+      least = std::min(least, std::clock() - start);
+    }
+    return static_cast<double>(least) / CLOCKS_PER_SEC;
+  };
+  for (const std::string& unit : {std::string("a"), std::string("ab"), std::string(" "),
+                                  std::string(1, '\0'), std::string("\xF0\x9F\x98\x80"),
+                                  std::string("e\xCC\x81\xCC\x82"), std::string("<|user|")}) {
+    std::string text;
+    while (text.size() < 500'000) text += unit;
+    const double one = seconds_of(text);
+    for (int doubled = 0; doubled < 3; ++doubled) text += std::string(text);
+    EXPECT_LE(seconds_of(text), 20 * one) << printable(unit);
   }
 }
 
