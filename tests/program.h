@@ -34,6 +34,7 @@ struct ProgramOptions {
   uint64_t address_space = uint64_t{4} << 30;  // RLIMIT_AS; 0: none
   bool interrupt_on_output = false;            // SIGINT once something is on stdout
   double kill_after = 0;                       // SIGKILL after so many seconds; 0: never
+  std::vector<std::pair<std::string, std::string>> environment;  // beside our own
 };
 
 struct ProgramResult {
@@ -72,6 +73,7 @@ inline ProgramResult run_program(const std::vector<std::string>& args,
       const rlimit limit = {options.address_space, options.address_space};
       setrlimit(RLIMIT_AS, &limit);
     }
+    for (const auto& [name, value] : options.environment) setenv(name.c_str(), value.c_str(), 1);
     execv(INDEXCACHE_BINARY, argv.data());
     _exit(127);
   }
