@@ -153,7 +153,12 @@ TEST(NoMemory, ServerGoesOn) {
   };
   for (const auto& [name, request] : requests) {
     SCOPED_TRACE(name);
-    const std::string usual = without_ids(body_of(server.ask(request)));
+    // How much of a stream comes in one chunk is a matter of time.
+    const auto content = [](const std::string& answer) {
+      const std::string body = body_of(answer);
+      return without_ids(answer.find("chunked\r\n") == answer.npos ? body : unchunked(body));
+    };
+    const std::string usual = content(server.ask(request));
     Rng rng(kSeed);
     int num_refused = 0;
     bool has_failed = true;
@@ -172,7 +177,7 @@ TEST(NoMemory, ServerGoesOn) {
         const Json error = parse_json(body_of(answer), "answer").at("error");
         EXPECT_EQ(error.at("code"), "out_of_memory") << answer;
         EXPECT_EQ(error.at("type"), "unavailable_error");
-      } else if (std::string(name) != "metrics" && without_ids(body_of(answer)) != usual) {
+      } else if (std::string(name) != "metrics" && content(answer) != usual) {
         EXPECT_TRUE(answer.empty() || std::string(name) == "stream") << n << answer;
         EXPECT_EQ(answer.find("[DONE]"), std::string::npos) << answer;
       }
