@@ -1,4 +1,7 @@
 // The real program from end to end: results, formats that others read, exit codes.
+#include <poll.h>
+#include <pty.h>
+
 #include <cstring>
 #include <fstream>
 
@@ -162,6 +165,61 @@ TEST_F(Cli, InterruptEndsTheAnswer) {
   EXPECT_TRUE(result.out.ends_with("\n"));
   EXPECT_NE(result.err.find("tokens/s"), std::string::npos) << result.err;
   EXPECT_NE(result.err.find("stopped by Ctrl-C"), std::string::npos) << result.err;
+}
+
+TEST_F(Cli, InterruptInAChatEndsTheAnswerAlone) {
+  int terminal = -1;
+  const pid_t child = forkpty(&terminal, nullptr, nullptr, nullptr);
+  if (child == 0) {
+    execl(INDEXCACHE_BINARY, INDEXCACHE_BINARY, "run", "-m", model_.c_str(), "-c", "100000", "-n",
+          "50000", "--ignore-eos", nullptr);
+    _exit(127);
+  }
+  std::string shown;
+  const auto wait_for = [&](const std::string& text) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    size_t at;
+    while ((at = shown.find(text)) == std::string::npos) {
+      pollfd waiting = {terminal, POLLIN, 0};
+      char bytes[4096];
+      if (poll(&waiting, 1, 100) > 0) {
+        const ssize_t n = read(terminal, bytes, sizeof bytes);
+        if (n <= 0) return false;
+        shown.append(bytes, static_cast<size_t>(n));
+      }
+      if (std::chrono::steady_clock::now() > deadline) return false;
+    }
+    shown.erase(0, at + text.size());
+    return true;
+  };
+  const auto type = [&](const std::string& keys) {
+    EXPECT_EQ(write(terminal, keys.data(), keys.size()), static_cast<ssize_t>(keys.size()));
+  };
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_TRUE(wait_for("> ")) << shown;
+    type("hello\n");
+    ASSERT_TRUE(wait_for("hello\r\n")) << shown;
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    type("\x03");
+    ASSERT_TRUE(wait_for("stopped by Ctrl-C")) << shown;
+  }
+  ASSERT_TRUE(wait_for("> ")) << shown;
+  type("\x04");
+  int status = 0;
+  waitpid(child, &status, 0);
+  close(terminal);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+TEST_F(Cli, AReaderThatLeavesEndsItQuietly) {
+  const std::string code = *folder_ / "code", said = *folder_ / "said";
+  const int done = std::system(fmt::format("{{ {} run -m {} -p hello -n 50000 -c 100000 "
+                                           "--ignore-eos 2> {}; echo $? > {}; }} | head -c 1 > {}",
+                                           INDEXCACHE_BINARY, model_, said, code, "/dev/null")
+                                   .c_str());
+  EXPECT_EQ(done, 0);
+  EXPECT_EQ(read_file(code), fmt::format("{}\n", 128 + SIGPIPE));
+  EXPECT_TRUE(error_lines(read_file(said)).empty()) << read_file(said);
 }
 
 TEST_F(Cli, LogitsFileKeepsItsContract) {

@@ -41,6 +41,7 @@ struct ProgramOptions {
   bool interrupt_on_output = false;            // SIGINT once something is on stdout
   double kill_after = 0;                       // SIGKILL after so many seconds; 0: never
   uint32_t failing_read = 0;                   // reads of exactly so many bytes fail; 0: none
+  std::vector<std::pair<std::string, std::string>> environment;  // beside our own
 };
 
 struct ProgramResult {
@@ -98,6 +99,7 @@ inline ProgramResult run_program(const std::vector<std::string>& args,
       setrlimit(RLIMIT_AS, &limit);
     }
     if (options.failing_read > 0) fail_reads(options.failing_read);
+    for (const auto& [name, value] : options.environment) setenv(name.c_str(), value.c_str(), 1);
     execv(INDEXCACHE_BINARY, argv.data());
     _exit(127);
   }

@@ -151,12 +151,15 @@ TEST(Serve, SecondSignalEndsAtOnce) {
 TEST(Serve, LogsEscapeAndHidePrompts) {
   Server server({"-m", model_folder(), "-t", "1", "--port", "0", "--log-format", "json"});
   ASSERT_TRUE(server.ready() || server.wait_for_log("ready")) << server.log();
+  const std::string good = post("/v1/completions", R"({"prompt": "a", "temperature": 0})");
+  const std::string before = without_ids(body_of(server.ask(good)));
   const std::string text = "private \\u001b[31m text";
   server.ask(post("/v1/completions", R"({"prompt": ")" + text + R"(", "max_tokens": 1})"));
   server.ask("GET /a\x1b[31mb HTTP/1.1\r\nHost: localhost\r\n\r\n");
   EXPECT_TRUE(server.wait_for_log("generated_tokens"));
   EXPECT_EQ(server.log().find("private"), std::string::npos);
   EXPECT_EQ(server.log().find('\x1b'), std::string::npos);
+  EXPECT_EQ(without_ids(body_of(server.ask(good))), before);
 }
 
 // Asked for, a prompt stays on its line whatever it holds, and so does every other text of a

@@ -234,6 +234,11 @@ TEST(ServeFaults, OutOfDescriptors) {
     for (int i = 0; i < 200; ++i) clients.push_back(std::make_unique<RawClient>(server.port()));
     clients[0]->send(kGood);
     EXPECT_EQ(choices(clients[0]->receive(30)), before);
+    // It looks again now and then for a place, and does not spin.
+    const double used = server.cpu_seconds();
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+    EXPECT_LT(server.cpu_seconds() - used, 0.3);
+    EXPECT_GE(server.num_descriptors(), 64) << "a weak test";
   }
   expect_recovered(server, before);
 }

@@ -74,6 +74,16 @@ class Server {
     return client.receive(30);
   }
   void signal(int number) { ::kill(child_, number); }
+  int64_t num_descriptors() const {
+    const std::filesystem::directory_iterator open(fmt::format("/proc/{}/fd", child_));
+    return std::distance(open, std::filesystem::directory_iterator());
+  }
+  double cpu_seconds() const {
+    clockid_t clock;
+    timespec used = {};
+    if (clock_getcpuclockid(child_, &clock) == 0) clock_gettime(clock, &used);
+    return static_cast<double>(used.tv_sec) + static_cast<double>(used.tv_nsec) * 1e-9;
+  }
   int exit_code() {
     int status = 0;
     waitpid(child_, &status, 0);

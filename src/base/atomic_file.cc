@@ -21,9 +21,9 @@ AtomicFile::AtomicFile(const std::string& path)
   if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
     fail("{}: cannot write: found something that is not a regular file", printable(path));
   }
+  buffer_.reserve(kBufferBytes);  // before there is a file to leave behind
   fd_ = open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (fd_ < 0) fail("{}: cannot create: {}", printable(temporary_path_), strerror(errno));
-  buffer_.reserve(kBufferBytes);
 }
 
 AtomicFile::~AtomicFile() {

@@ -6,6 +6,41 @@
 #include "base/error.h"
 #include "base/mapped_file.h"
 
+namespace {
+
+// A part is null where the library found no memory for it after it had set the type.
+template <class Parts>
+void delete_part(Parts& parts, nlohmann::detail::value_t type) {
+  using nlohmann::detail::value_t;
+  switch (type) {
+    case value_t::object:
+      delete parts.object;
+      break;
+    case value_t::array:
+      delete parts.array;
+      break;
+    case value_t::string:
+      delete parts.string;
+      break;
+    case value_t::binary:
+      delete parts.binary;
+      break;
+    default:
+      break;
+  }
+}
+
+}  // namespace
+
+template <>
+void nlohmann::ordered_json::json_value::destroy(value_t type) {
+  delete_part(*this, type);
+}
+template <>
+void nlohmann::json::json_value::destroy(value_t type) {
+  delete_part(*this, type);
+}
+
 namespace indexcache {
 
 namespace {
@@ -108,6 +143,10 @@ Json parse_json(std::string_view text, const std::string& where, int max_depth) 
 
 Json load_json(const std::string& path) {
   return parse_json(read_text_file(path), printable(path, 400));
+}
+
+bool is_text(const Json& value, std::string_view text) {
+  return value.is_string() && value.get_ref<const std::string&>() == text;
 }
 
 std::string json_excerpt(const Json& value) {

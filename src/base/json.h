@@ -8,6 +8,13 @@
 #include <string_view>
 #include <vector>
 
+// The library's destructor moves a document's parts to a vector first, and where there is no memory
+// for that the program ends. Ours takes none: it recurses, no deeper than parse_json lets in.
+template <>
+void nlohmann::ordered_json::json_value::destroy(value_t type);
+template <>
+void nlohmann::json::json_value::destroy(value_t type);
+
 namespace indexcache {
 
 using Json = nlohmann::ordered_json;
@@ -46,6 +53,10 @@ class JsonObject {
   const Json* object_;
   std::string where_;
 };
+
+// Whether it is this text. The library's == makes a value of the text, in a function that may not
+// throw, so that the program would end where there is no memory.
+bool is_text(const Json& value, std::string_view text);
 
 // A value as it may be shown in an error message: one line, cut short, escaped.
 std::string json_excerpt(const Json& value);

@@ -145,11 +145,12 @@ std::vector<MlpType> parse_mlp_layer_types(const JsonObject& config, int64_t num
       config.wrong("mlp_layer_types", fmt::format("a list of {} entries, one a layer", size));
     }
     for (size_t l = 0; l < size; ++l) {
-      if (list[l] != "dense" && list[l] != "sparse") {
+      const bool dense = is_text(list[l], "dense");
+      if (!dense && !is_text(list[l], "sparse")) {
         fail("{}: \"mlp_layer_types\" entry {} is {}, expected \"dense\" or \"sparse\"",
              config.where(), l, json_excerpt(list[l]));
       }
-      types.push_back(list[l] == "dense" ? MlpType::kDense : MlpType::kSparse);
+      types.push_back(dense ? MlpType::kDense : MlpType::kSparse);
     }
     if (!config.has("first_k_dense_replace")) return types;
   }
@@ -337,7 +338,7 @@ void check_layer_types(const JsonObject& config, int64_t num_hidden_layers) {
   const Json& types = config.get("layer_types");
   const bool right = types.is_array() && types.size() == static_cast<size_t>(num_hidden_layers) &&
                      std::all_of(types.begin(), types.end(), [](const Json& type) {
-                       return type == "deepseek_sparse_attention";
+                       return is_text(type, "deepseek_sparse_attention");
                      });
   if (!right) {
     config.wrong("layer_types", fmt::format("{} entries \"deepseek_sparse_attention\", one a layer",
@@ -405,7 +406,8 @@ ModelConfig load_config(const std::string& path) {
 namespace {
 
 Json rope_json(const RopeConfig& rope) {
-  Json json = {{"rope_theta", rope.rope_theta}};
+  Json json = Json::object();  // a list of members would lose some of them where memory ends
+  json["rope_theta"] = rope.rope_theta;
   if (rope.rope_type == RopeConfig::Type::kDefault) {
     json["rope_type"] = "default";
     return json;
@@ -443,10 +445,11 @@ void add_plan_json(const IndexPlan& plan, Json& json) {
 }
 
 Json quantization_json(const QuantizationConfig& quantization) {
-  Json json = {{"quant_method", "fp8"},
-               {"fmt", "e4m3"},
-               {"weight_block_size", {kFp8Block, kFp8Block}},
-               {"activation_scheme", "dynamic"}};
+  Json json = Json::object();
+  json["quant_method"] = "fp8";
+  json["fmt"] = "e4m3";
+  json["weight_block_size"] = Json::array({kFp8Block, kFp8Block});
+  json["activation_scheme"] = "dynamic";
   if (!quantization.scale_fmt.empty()) json["scale_fmt"] = quantization.scale_fmt;
   if (!quantization.modules_to_not_convert.empty()) {
     json["modules_to_not_convert"] = quantization.modules_to_not_convert;
@@ -457,7 +460,7 @@ Json quantization_json(const QuantizationConfig& quantization) {
 }  // namespace
 
 Json config_json(const ModelConfig& config) {
-  Json json;
+  Json json = Json::object();
   json["architectures"] = Json::array({model_architecture_name(config.model_type)});
   json["model_type"] = model_type_name(config.model_type);
   json["num_hidden_layers"] = config.num_hidden_layers;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
@@ -12,6 +11,7 @@
 #include "base/atomic_file.h"
 #include "base/checked.h"
 #include "base/error.h"
+#include "base/json.h"
 
 namespace indexcache {
 
@@ -19,8 +19,8 @@ namespace {
 
 std::string quoted(const std::string& text, const std::string& where) {
   try {
-    return nlohmann::json(text).dump();
-  } catch (const nlohmann::json::exception&) {
+    return Json(text).dump();
+  } catch (const Json::exception&) {
     fail("{}: the name or metadata \"{}\" is not UTF-8", where, printable(text));
   }
 }

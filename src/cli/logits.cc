@@ -19,6 +19,7 @@ struct LogitsFlags {
   CommonFlags common;
   std::string token_file, output;
   int64_t greedy = 0;
+  bool deterministic = false;
 };
 
 // What the file will hold is held in memory until it is written.
@@ -44,6 +45,7 @@ int logits(const LogitsFlags& flags) {
   const int64_t S = static_cast<int64_t>(tokens.size());
   if (options.context == 0) options.context = S + flags.greedy;
   Engine engine(source, options);
+  engine.exec.batch_invariant = flags.deterministic;
   check_room_for_output(engine.model, S);
   const ModelConfig& config = engine.model.config;
   const int64_t V = config.vocab_size, H = config.hidden_size, k = config.indexer.index_topk;
@@ -132,6 +134,9 @@ void add_logits_command(CLI::App* program, int* exit_code) {
   command->add_option("-o,--output", flags->output, "The safetensors file to write")->required();
   command->add_option("--greedy", flags->greedy, "Also generate this many tokens greedily")
       ->check(CLI::Range(0, 1 << 20));
+  command->add_flag("--deterministic", flags->deterministic,
+                    "The same bits for a token whatever it is computed with, as those of serve "
+                    "--deterministic");
   command->callback([flags, exit_code] { *exit_code = logits(*flags); });
 }
 

@@ -97,9 +97,7 @@ double negative_log_likelihood(std::span<const float> logits, int32_t target) {
 
 TokenLogprob token_logprob(std::span<const float> logits, int32_t token, int64_t n) {
   const double total = log_sum_exp(logits);
-  const auto logprob = [&](float logit) {
-    return static_cast<float>(static_cast<double>(logit) - total);
-  };
+  const auto logprob = [&](float logit) { return static_cast<double>(logit) - total; };
   const float own = logits[static_cast<size_t>(token)];
   TokenLogprob result{token, logprob(own), 0, {}};
   // The n best so far are a heap whose front is the worst of them.

@@ -37,13 +37,13 @@ class Sampler {
 
 struct TokenLogprob {
   int32_t token = 0;
-  float logprob = 0;  // natural logarithm, of the model's distribution before temperature
-  int64_t rank = 0;   // 0: the most likely one
-  std::vector<std::pair<int32_t, float>> top;  // the n best, best first
+  double logprob = 0;  // natural logarithm, of the model's distribution before temperature
+  int64_t rank = 0;    // 0: the most likely one
+  std::vector<std::pair<int32_t, double>> top;  // the n best, best first
 };
 
 // log softmax(logits) of `token` and of the n best, in double; equal logits rank by token id. The
-// same token has the same float in both places. Logits must be finite or -infinity.
+// same token has the same number in both places. Logits must be finite or -infinity.
 TokenLogprob token_logprob(std::span<const float> logits, int32_t token, int64_t n);
 
 // Neither NaN nor infinity among them.

@@ -145,12 +145,12 @@ TEST(TokenLogprob, RanksAndBest) {
   const TokenLogprob found = token_logprob(logits, 3, 3);
   EXPECT_EQ(found.token, 3);
   EXPECT_EQ(found.rank, 1) << "equal logits rank by token id";
-  EXPECT_NEAR(found.logprob, 3 - total, 1e-6);
+  EXPECT_NEAR(found.logprob, 3 - total, 1e-14);
   ASSERT_EQ(found.top.size(), 3u);
   EXPECT_EQ(found.top[0].first, 1);
   EXPECT_EQ(found.top[1].first, 3);
   EXPECT_EQ(found.top[2].first, 2);
-  EXPECT_EQ(found.top[1].second, found.logprob) << "the same float";
+  EXPECT_EQ(found.top[1].second, found.logprob) << "the same number";
   EXPECT_TRUE(token_logprob(logits, 1, 0).top.empty());
   EXPECT_EQ(token_logprob(logits, 0, 10).top.size(), 5u) << "no more than there are";
   EXPECT_EQ(token_logprob(logits, 4, 0).logprob, -INFINITY);

@@ -89,7 +89,7 @@ TEST(Scheduler, PromptLogprobsAreThoseOfThePrompt) {
       ASSERT_EQ(found.top.size(), 3u);
       EXPECT_GE(found.top[0].second, found.top[1].second);
       EXPECT_EQ(found.rank == 0, found.top[0].first == found.token);
-      EXPECT_EQ(found.rank == 0, found.logprob == found.top[0].second) << "the same float";
+      EXPECT_EQ(found.rank == 0, found.logprob == found.top[0].second) << "the same number";
     }
     ASSERT_EQ(answer.logprobs.size(), 1u);
     EXPECT_EQ(answer.logprobs[0].rank, 0) << "greedy";

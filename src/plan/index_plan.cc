@@ -133,8 +133,8 @@ IndexPlan plan_from_list(const Json& list, int num_layers, const std::string& wh
   std::vector<bool> is_full;
   is_full.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
-    const bool full = list[i] == "full" || list[i] == "F";
-    if (!full && list[i] != "shared" && list[i] != "S") {
+    const bool full = is_text(list[i], "full") || is_text(list[i], "F");
+    if (!full && !is_text(list[i], "shared") && !is_text(list[i], "S")) {
       fail("{}: entry {} is {}, expected \"full\", \"shared\", \"F\" or \"S\"", where, i,
            json_excerpt(list[i]));
     }

@@ -323,7 +323,7 @@ void check_content(const Json& content, const std::string& param) {
   for (const Json& part : content) {
     const bool object = part.is_object();
     const Json type = object ? part.value("type", Json()) : Json();
-    if (!object || type != "text" || !part.value("text", Json()).is_string())
+    if (!object || !is_text(type, "text") || !part.value("text", Json()).is_string())
       refuse(param,
              "\"{}\" has a part of type {}; only {{\"type\": \"text\", \"text\": ...}} is "
              "supported",
@@ -363,7 +363,7 @@ Json checked_messages(const Json* messages, const ServerLimits& limits) {
       refuse(where, "\"{}\" is {}, expected an object", where, json_excerpt(message));
     const Json role = message.value("role", Json());
     constexpr const char* kRoles[] = {"system", "user", "assistant", "tool", "developer"};
-    if (!std::ranges::any_of(kRoles, [&](const char* known) { return role == known; })) {
+    if (!std::ranges::any_of(kRoles, [&](const char* known) { return is_text(role, known); })) {
       refuse(where + ".role",
              "\"{}.role\" is {}, expected system, developer, user, assistant or tool", where,
              json_excerpt(role));
@@ -438,7 +438,7 @@ CompletionRequest parse_chat(const Json& body, const ServedModel& model, const S
         top_logprobs ? Fields::checked_integer("top_logprobs", *top_logprobs, 0, 20) : 0);
   }
   if (const Json* format = fields.find("response_format")) {
-    if (!format->is_object() || format->value("type", Json()) != "text") {
+    if (!format->is_object() || !is_text(format->value("type", Json()), "text")) {
       refuse("response_format",
              "\"response_format\" is {}; this server writes free text only: leave it out or give "
              "{{\"type\": \"text\"}}",

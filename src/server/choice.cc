@@ -15,7 +15,7 @@ int64_t count_characters(const std::string& text) {
 }
 
 // JSON has no infinity; -9999 is what OpenAI's servers write.
-double number(float logprob) { return std::isfinite(logprob) ? double{logprob} : -9999.0; }
+double number(double logprob) { return std::isfinite(logprob) ? logprob : -9999.0; }
 
 }  // namespace
 
@@ -114,7 +114,7 @@ Json Choice::logprobs_json(const std::vector<Entry>& entries) const {
 }
 
 Json Choice::chat_logprobs(const std::vector<Entry>& entries) const {
-  const auto item = [&](int32_t token, float logprob) {
+  const auto item = [&](int32_t token, double logprob) {
     Json bytes = Json::array();
     if (model_.tokenizer)
       for (const char c : model_.tokenizer->token_bytes(token))
@@ -145,7 +145,7 @@ Json Choice::legacy_logprobs(const std::vector<Entry>& entries) const {
     }
     token_logprobs.push_back(number(entry.logprob->logprob));
     Json top = Json::object();
-    const auto add = [&](int32_t token, float logprob) {
+    const auto add = [&](int32_t token, double logprob) {
       std::string name = token_text(token);
       if (top.contains(name)) name = fmt::format("token_id:{}", token);
       top[name] = number(logprob);

@@ -87,7 +87,11 @@ void Completion::submit_all(Wake wake) {
       const auto on_event = [inbox = inbox_, wake, index](GenerationEvent event) {
         {
           const std::lock_guard lock(inbox->mutex);
-          inbox->events.push_back({index, Clock::now(), std::move(event)});
+          try {
+            inbox->events.push_back({index, Clock::now(), std::move(event)});
+          } catch (const std::bad_alloc&) {  // of this request, not of the engine that tells it
+            inbox->lost_one = true;
+          }
         }
         wake();
       };
@@ -121,6 +125,7 @@ Exchange::Progress Completion::poll() {
     const std::lock_guard lock(inbox_->mutex);
     for (Event& event : inbox_->events) untaken_.push_back(std::move(event));
     inbox_->events.clear();
+    if (inbox_->lost_one) throw std::bad_alloc();
   }
   for (int i = 0; i < kEventsAtOnce && !untaken_.empty(); ++i) {
     Event event = std::move(untaken_.front());

@@ -37,6 +37,7 @@ class Completion : public Exchange {
   struct Inbox {
     std::mutex mutex;
     std::vector<Event> events;
+    bool lost_one = false;  // for want of memory
   };
   struct Running {
     Running(const ServedModel& model, const CompletionRequest& request,

@@ -129,6 +129,19 @@ TEST_F(HttpFaults, SlowClients) {
   EXPECT_TRUE(silent.closed_by_peer(6));
 }
 
+TEST_F(HttpFaults, BodiesCutShort) {
+  const std::string head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n";
+  for (const char* part :
+       {"Content-Length: 50\r\n\r\n{\"prompt\"",
+        "Transfer-Encoding: chunked\r\n\r\n9\r\n{\"prompt\"\r\n", "Content-Le"}) {
+    RawClient client(server_.http.port());
+    client.send(head + part);
+    shutdown(client.fd(), SHUT_WR);
+    EXPECT_TRUE(client.closed_by_peer()) << part;
+    EXPECT_EQ(good(), good_) << "after " << part;
+  }
+}
+
 TEST_F(HttpFaults, ManyIdleConnections) {
   std::vector<std::unique_ptr<RawClient>> idle;
   for (int i = 0; i < 60; ++i) idle.push_back(std::make_unique<RawClient>(server_.http.port()));
@@ -305,6 +318,7 @@ TEST(HttpServer, HostsOfThisMachineAndAllowedOnes) {
   HttpServerOptions options;
   options.allowed_hosts = {"models.example", "other.example:81"};
   TestServer server({}, options);
+  const std::string before = without_ids(body_of(server.ask(kGood)));
   const auto status = [&](const std::string& host) {
     return status_of(server.ask("GET /v1/models HTTP/1.1\r\nHost: " + host + "\r\n\r\n"));
   };
@@ -313,8 +327,10 @@ TEST(HttpServer, HostsOfThisMachineAndAllowedOnes) {
     EXPECT_EQ(status(host), 200) << host;
   for (const char* host :
        {"evil.example", "models.example.evil.example", "xmodels.example:8080", "other.example",
-        "other.example:82", "localhost.evil.example", "[::1].evil.example", "[", "\\localhost"})
+        "other.example:82", "localhost.evil.example", "[::1].evil.example", "[", "\\localhost"}) {
     EXPECT_EQ(status(host), 403) << host;
+    EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before) << "after " << host;
+  }
 }
 
 // Memory does not grow with the number of clients that send large bodies.
@@ -385,6 +401,7 @@ TEST(HttpServer, CorsOnlyWhenAsked) {
   AppOptions options;
   options.cors_origins = {"https://app.example"};
   TestServer server(options);
+  const std::string before = without_ids(body_of(server.ask(kGood)));
   const std::string preflight = server.ask(
       "OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://app.example\r\n\r\n");
   EXPECT_EQ(status_of(preflight), 204);
@@ -402,6 +419,7 @@ TEST(HttpServer, CorsOnlyWhenAsked) {
                                  "Origin: https://other.example\r\n\r\n")),
             403);
   EXPECT_EQ(server.ask(get("/health")).find("Access-Control"), std::string::npos);
+  EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before);
 }
 
 TEST(HttpServer, Streams) {
@@ -436,6 +454,7 @@ TEST(HttpServer, Streams) {
 // The contract of lm-evaluation-harness: prompt and one token, the first entry null.
 TEST(HttpServer, EchoedLogprobs) {
   TestServer server;
+  const std::string before = without_ids(body_of(server.ask(kGood)));
   for (const size_t length : {size_t{1}, size_t{7}, size_t{4095}}) {
     Json prompts = Json::array();
     for (size_t p = 0; p<64; p += length> 100 ? 32 : 1) {
@@ -471,6 +490,7 @@ TEST(HttpServer, EchoedLogprobs) {
         ASSERT_EQ(logprobs["text_offset"][t], t);
       }
     }
+    EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before) << "after " << length;
   }
 }
 

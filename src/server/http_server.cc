@@ -10,6 +10,7 @@
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
+#include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
@@ -59,6 +60,8 @@ constexpr uint64_t kSmallBody = 64 << 10;
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
 }
+
+ApiError out_of_memory() { return {503, "out of memory", {}, "out_of_memory"}; }
 
 const char* reason_phrase(int status) {
   return http::obsolete_reason(static_cast<http::status>(status)).data();
@@ -117,14 +120,17 @@ struct HttpServer::State {
   uint64_t bodies_bytes = 0;  // that bodies may take which are here; of the server's thread
   std::atomic<bool> stopping{false};
   asio::io_context io{1};  // its end is the end of the connections, which use what stands above
+  asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
   tcp::acceptor acceptor;
+  std::weak_ptr<bool> accepting;  // gone with the loop that accepts
   asio::thread_pool workers;
   std::thread thread;
 
   const ServerLimits& limits() const { return app.options().limits; }
   void log(const std::string& line) const { info("{}", line); }
 
-  asio::awaitable<void> accept_loop();
+  void run();
+  asio::awaitable<void> accept_loop(std::shared_ptr<bool> alive);
   void turn_away(tcp::socket socket);
   asio::awaitable<void> serve(beast::tcp_stream stream);
 
@@ -322,7 +328,24 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
   }
   while (true) {
     bell.rung = false;
-    const Exchange::Progress progress = exchange.poll();
+    Exchange::Progress progress;
+    bool found_memory = true;
+    try {
+      progress = exchange.poll();
+    } catch (const std::bad_alloc&) {
+      found_memory = false;
+    }
+    if (!found_memory) {
+      exchange.abort();
+      const AnswerNote note = exchange.note();
+      if (exchange.streams() && text.empty()) {  // its head has gone out
+        note_answer(head, 500, note);
+        co_return false;
+      }
+      const HttpResponse response = error_response(out_of_memory());
+      const bool open = co_await send(stream, head, response, note);
+      co_return open;
+    }
     if (progress.done && !exchange.streams()) {
       // Long answers take time to write down, which belongs to no other connection.
       HttpResponse response;
@@ -330,7 +353,7 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
         try {
           response = exchange.response();
         } catch (const std::bad_alloc&) {
-          response = error_response(ApiError(503, "out of memory", {}, "out_of_memory"));
+          response = error_response(out_of_memory());
         }
         co_return;
       };
@@ -481,7 +504,10 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     auto bell = std::make_shared<Bell>(io);
     const Wake wake = [bell, this] {
       if (bell->rung.exchange(true)) return;
-      asio::post(io, [bell] { bell->timer.cancel(); });
+      try {
+        asio::post(io, [bell] { bell->timer.cancel(); });
+      } catch (const std::bad_alloc&) {  // kPresenceCheck will do
+      }
     };
     Answer answer;
     const auto handle = [&]() -> asio::awaitable<void> {
@@ -490,7 +516,7 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       } catch (const ApiError& wrong) {
         refused = wrong;
       } catch (const std::bad_alloc&) {
-        refused.emplace(503, "out of memory", std::string(), "out_of_memory");
+        refused = out_of_memory();
       } catch (const std::exception& wrong) {
         refused.emplace(500, wrong.what(), std::string(), "internal");
       }
@@ -537,7 +563,23 @@ void HttpServer::State::turn_away(tcp::socket socket) {
   socket.write_some(asio::buffer(text), ignored);
 }
 
-asio::awaitable<void> HttpServer::State::accept_loop() {
+// Where Asio finds no memory for an operation, the coroutine that asked for it ends: a connection,
+// or the loop that accepts them, which has to begin again.
+void HttpServer::State::run() {
+  while (!io.stopped()) {
+    try {
+      if (accepting.expired() && !stopping) {
+        auto alive = std::make_shared<bool>(true);
+        accepting = alive;
+        asio::co_spawn(io, accept_loop(std::move(alive)), asio::detached);
+      }
+      io.run_for(kPresenceCheck);
+    } catch (const std::bad_alloc&) {
+    }
+  }
+}
+
+asio::awaitable<void> HttpServer::State::accept_loop(std::shared_ptr<bool>) {
   asio::steady_timer pause(io);
   while (!stopping) {
     bool rest = false;
@@ -589,8 +631,7 @@ uint16_t HttpServer::port() const { return state_->acceptor.local_endpoint().por
 
 void HttpServer::start() {
   State& s = *state_;
-  asio::co_spawn(s.io, s.accept_loop(), asio::detached);
-  s.thread = std::thread([&s] { s.io.run(); });
+  s.thread = std::thread([&s] { s.run(); });
 }
 
 void HttpServer::stop(double timeout_seconds) {

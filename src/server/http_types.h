@@ -44,8 +44,9 @@ class Exchange {
     bool done = false;
     bool failed = false;  // a streamed body ends here, without its proper end
   };
-  // What is new since the last call; call again after `wake` was called. When it is done and
-  // streams() is false, response() is the answer.
+  // What is new since the last call; call again after `wake` was called. bad_alloc if some of it
+  // was lost for want of memory, which is final: abort(). When it is done and streams() is false,
+  // response() is the answer.
   virtual Progress poll() = 0;
   virtual bool streams() const = 0;
   virtual HttpResponse response() = 0;

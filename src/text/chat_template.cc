@@ -65,7 +65,7 @@ std::optional<std::string> template_text(const Json& value, const std::string& w
   if (value.is_string()) return value.get<std::string>();
   if (value.is_array()) {
     for (const Json& item : value) {
-      if (item.is_object() && item.value("name", Json()) == "default" &&
+      if (item.is_object() && is_text(item.value("name", Json()), "default") &&
           item.value("template", Json()).is_string()) {
         return item["template"].get<std::string>();
       }
