@@ -1,5 +1,7 @@
 // search, overlap and eval from end to end: the real program on a generated checkpoint.
 
+#include <sys/file.h>
+
 #include <filesystem>
 #include <fstream>
 
@@ -166,6 +168,22 @@ TEST_F(Method, SearchResumesOnlyItsOwn) {
   // A longer path is no other search.
   output(args("search", {"-o", plan, "--keep", "1", "--resume"}));
   EXPECT_EQ(load_plan_file(plan).steps.size(), 3u);
+}
+
+TEST_F(Method, TwoSearchesDoNotShareAJournal) {
+  const std::string plan = path("shared.json"), journal = plan + ".journal";
+  output(args("search", {"-o", plan, "--keep", "3"}));
+  const std::string before = read_file(journal);
+  const int held = open(journal.c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(flock(held, LOCK_EX | LOCK_NB), 0);
+  const std::vector<std::string> again = args("search", {"-o", plan, "--keep", "3", "--resume"});
+  const ProgramResult result = run_program(again);
+  expect_failure(result, 1);
+  expect_contains(result.err, {"shared.json.journal", "in use by another search"});
+  EXPECT_EQ(read_file(journal), before);
+  // The lock goes with who held it, however that ended.
+  close(held);
+  output(again);
 }
 
 TEST_F(Method, TextAndJsonLinesAreTheSameText) {
