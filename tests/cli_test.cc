@@ -149,6 +149,21 @@ TEST_F(Cli, SamplingRepeatsWithItsSeed) {
   EXPECT_NE(sample("7"), sample("8"));
 }
 
+TEST_F(Cli, TooLittleAddressSpaceIsAnError) {
+  if (!kLimitAddressSpace) GTEST_SKIP() << "the sanitizer needs it all";
+  int num_failed = 0;
+  for (uint64_t mib = 64; mib <= 256; mib += 16) {
+    const ProgramResult result =
+        run_program(run_args({"-p", "hello", "-n", "2"}), {.address_space = mib << 20});
+    EXPECT_EQ(result.signal, 0) << mib << " MiB: " << result.err;
+    if (result.exit_code == 0) continue;
+    expect_failure(result, 1);
+    ++num_failed;
+  }
+  EXPECT_GT(num_failed, 0);
+  EXPECT_EQ(run_program(run_args({"-p", "hello", "-n", "2"})).exit_code, 0);
+}
+
 TEST_F(Cli, AModelThatNamesNoEndIsAWarning) {
   const auto said = [&](std::vector<std::string> more) {
     return run_program(run_args(std::move(more))).err.find("no eos_token_id") != std::string::npos;

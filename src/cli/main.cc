@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <new>
+#include <system_error>
 
 #include "cli/options.h"
 #include "device/cpu_features.h"
@@ -90,6 +91,8 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "error: {}\n", error.what());
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "error: out of memory\n");
+  } catch (const std::system_error& error) {  // no more threads, say
+    fmt::print(stderr, "error: {}\n", error.what());
   }
   return 1;
 }

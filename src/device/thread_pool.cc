@@ -3,6 +3,8 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <system_error>
+
 #include "base/error.h"
 
 namespace indexcache {
@@ -16,16 +18,29 @@ constexpr int kSpins = 1500;
 
 ThreadPool::ThreadPool(int num_threads) {
   CHECK_GE(num_threads, 1);
-  for (int thread = 1; thread < num_threads; ++thread) {
-    workers_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) {
+      workers_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (const std::system_error& error) {
+    const size_t started = workers_.size();
+    stop();
+    fail("the system starts {} of {} threads: {}", started + 1, num_threads,
+         error.code().message());
+  } catch (...) {
+    stop();
+    throw;
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_ = true;
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::run(int64_t num_items, Call call, const void* context) {

@@ -20,7 +20,7 @@ namespace indexcache {
 
 class ThreadPool {
  public:
-  // `num_threads` counts the calling thread; at least 1.
+  // `num_threads` counts the calling thread; at least 1. An Error where the system has no more.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -45,6 +45,7 @@ class ThreadPool {
  private:
   using Call = void (*)(const void* context, int64_t item, int thread);
   void run(int64_t num_items, Call call, const void* context);
+  void stop();
   void work(int thread);
   void take_items(int thread);
   bool enter();
