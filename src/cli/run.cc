@@ -3,7 +3,9 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -34,9 +36,15 @@ void on_interrupt(int) {
   if (stop_requested.exchange(true)) _exit(130);
 }
 
+// Ctrl-C may come while a slow reader holds the text up: it ends the answer, not the writing.
+// (stdio would drop the text and call the file broken.)
 void write_out(std::string_view text) {
-  std::fwrite(text.data(), 1, text.size(), stdout);
-  std::fflush(stdout);
+  while (!text.empty()) {
+    const ssize_t n = write(STDOUT_FILENO, text.data(), text.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail("the standard output cannot be written: {}", strerror(errno));
+    text.remove_prefix(static_cast<size_t>(n));
+  }
 }
 
 // One prompt and its answer. Text goes out as it is made; token ids as one JSON line at the end.
