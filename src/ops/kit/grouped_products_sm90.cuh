@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "base/checked.h"
 #include "ops/kit/paged.h"
 
 namespace indexcache::sm90 {
@@ -61,5 +62,18 @@ struct QuantiseRows {
   float* scales = nullptr;       // [ceil(k/128), num_rows]
 };
 cudaError_t quantise_rows(const QuantiseRows& args, cudaStream_t stream);
+
+// The memory that `values` and `scales` take, and where they lie in it.
+inline int64_t quantised_value_bytes(int64_t num_rows, int64_t k) {
+  return round_up(num_rows * k, int64_t{256});
+}
+inline size_t quantised_bytes(int64_t num_rows, int64_t k) {
+  return static_cast<size_t>(quantised_value_bytes(num_rows, k) +
+                             4 * num_rows * ceil_div(k, kFp8Block));
+}
+inline void place_quantised(uint8_t* memory, QuantiseRows* rows) {
+  rows->values = memory;
+  rows->scales = reinterpret_cast<float*>(memory + quantised_value_bytes(rows->num_rows, rows->k));
+}
 
 }  // namespace indexcache::sm90

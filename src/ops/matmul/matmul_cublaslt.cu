@@ -253,12 +253,12 @@ Batch leading_batch(std::span<const MatmulGroup> groups, Compute compute) {
   return batch;
 }
 
-// Up to kFewRows our own kernels read the weights at the memory's rate; small products are not
+// Up to kOwnRows our own kernels read the weights at the memory's rate; small products are not
 // worth a launch each.
 bool is_for_library(const Batch& batch, Compute compute) {
-  constexpr int64_t kFewRows = 16, kSmallProduct = int64_t{1} << 21;
+  constexpr int64_t kOwnRows = 16, kSmallProduct = int64_t{1} << 21;
   const MatmulGroup& group = batch.first;
-  return compute_for(compute, group.w.dtype) != Compute::kFP8 && group.m > kFewRows &&
+  return compute_for(compute, group.w.dtype) != Compute::kFP8 && group.m > kOwnRows &&
          batch.count * group.m * group.w.rows * group.w.cols > kSmallProduct;
 }
 

@@ -331,8 +331,8 @@ const float* rounded_to_fp8(CudaStream& stream, const CudaProduct& p, float* to)
 
 // --- choosing ---
 
-// Up to here rows share one reading of the weights, without and with tensor cores.
-constexpr int64_t kFewRows = 8, kNarrowRows = 16;
+// The same with tensor cores.
+constexpr int64_t kNarrowRows = 16;
 
 struct Extent {
   int64_t rows, cols;  // the most rows and columns of one product

@@ -2,7 +2,6 @@
 // matrices that take them, and a product of many rows runs at the rate of fp8.
 #include <vector>
 
-#include "base/checked.h"
 #include "device/cuda.cuh"
 #include "device/gpus.h"
 #include "ops/kit/grouped_products_sm90.cuh"
@@ -11,9 +10,6 @@
 namespace indexcache {
 
 namespace {
-
-// Up to here the kernels that read the weights as they lie, a row or a few at a time, are faster.
-constexpr int64_t kFewRows = 8;
 
 bool is_aligned(const void* data, int64_t row_bytes, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
@@ -33,8 +29,6 @@ bool is_for_hopper(const MatmulGroup& group, Compute compute) {
 bool same_rows(const MatmulGroup& a, const MatmulGroup& b) {
   return a.x == b.x && a.x16 == b.x16 && a.ldx == b.ldx && a.m == b.m && a.w.cols == b.w.cols;
 }
-
-int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
@@ -56,12 +50,10 @@ void matmul_fp8_hopper(Exec& exec, const MatmulArgs& args) {
       others.push_back(group);
       continue;
     }
-    const int64_t k = group.w.cols, blocks = ceil_div(k, kScaleBlock);
+    const int64_t k = group.w.cols;
     if (quantised == nullptr || !same_rows(*quantised, group)) {
-      const int64_t value_bytes = padded(group.m * k);
       rows = {.x = group.x, .x16 = group.x16, .ldx = group.ldx, .num_rows = group.m, .k = k};
-      rows.values = stream.scratch(static_cast<size_t>(value_bytes + 4 * group.m * blocks));
-      rows.scales = reinterpret_cast<float*>(rows.values + value_bytes);
+      sm90::place_quantised(stream.scratch(sm90::quantised_bytes(group.m, k)), &rows);
       check_cuda(sm90::quantise_rows(rows, stream_of(stream)), "rounding rows to fp8");
       quantised = &group;
     }

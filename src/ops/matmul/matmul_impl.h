@@ -14,6 +14,9 @@ inline Compute compute_for(Compute compute, DType w) {
   return compute == Compute::kFP8 && w != DType::kF8E4M3 ? Compute::kBF16 : compute;
 }
 
+// On a GPU rows up to here share one reading of the weights as they lie, without tensor cores.
+inline constexpr int64_t kFewRows = 8;
+
 struct MatmulKernels;
 
 void matmul_ref(Exec& exec, const MatmulArgs& args);

@@ -1,7 +1,6 @@
 // moe_gate_up and moe_down on Hopper, as lines of the ops' tables.
 #include <optional>
 
-#include "base/checked.h"
 #include "device/cuda.cuh"
 #include "device/gpus.h"
 #include "ops/kit/grouped_products_sm90.cuh"
@@ -57,11 +56,8 @@ void run(CudaStream& stream, const uint16_t* x, const int32_t* ids, const Expert
   p.y16 = y;
   p.ldy = n;
   if (is_fp8(matrices)) {
-    const int64_t value_bytes = (rows.num_rows * k + 255) / 256 * 256;
-    const int64_t blocks = ceil_div(k, kFp8Block);
     sm90::QuantiseRows quantise{.x16 = x, .ldx = k, .ids = ids, .num_rows = rows.num_rows, .k = k};
-    quantise.values = stream.scratch(static_cast<size_t>(value_bytes + 4 * rows.num_rows * blocks));
-    quantise.scales = reinterpret_cast<float*>(quantise.values + value_bytes);
+    sm90::place_quantised(stream.scratch(sm90::quantised_bytes(rows.num_rows, k)), &quantise);
     check_cuda(sm90::quantise_rows(quantise, stream_of(stream)), "rounding rows to fp8");
     p.x = quantise.values;
     p.x_scales = quantise.scales;
