@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     prefetch_map(&key_map);
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], 4);
+      barrier_init(&shared.empty[stage], 128);
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(&shared.q_full[i], 1);
-      barrier_init(&shared.q_empty[i], 8);
+      barrier_init(&shared.q_empty[i], 256);
     }
     fence_barrier_init();
   }
@@ -185,8 +185,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
           mma_commit();
           mma_wait<0>();
           mma_landed(products);
-          __syncwarp();
-          warp_arrive(&shared.empty[at.stage]);
+          barrier_arrive(&shared.empty[at.stage]);
           float own[Sums::kOwn];
           Sums::run(products, weights, c, own);
 #pragma unroll
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
             }
           }
         }
-        warp_arrive(&shared.q_empty[q_at.stage]);
+        barrier_arrive(&shared.q_empty[q_at.stage]);
         q_at.advance();
       });
 }

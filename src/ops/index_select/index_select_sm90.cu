@@ -295,7 +295,7 @@ __device__ void math_loop(const Params& params, Shared& shared) {
           barrier_wait(&shared.full[group][at.stage], at.parity);
           mma_wait<0>();
           mma_landed(second);
-          warp_arrive(&shared.empty[group][stage]);
+          barrier_arrive(&shared.empty[group][stage]);
           start_products(first, shared, group, at.stage, 0);
           work.offer(second, weights[1], 1, page_begin, scales);
         }
@@ -308,12 +308,12 @@ __device__ void math_loop(const Params& params, Shared& shared) {
         work.offer(first, weights[0], 0, page_begin, scales);
         mma_wait<0>();
         mma_landed(second);
-        warp_arrive(&shared.empty[group][at.stage]);
+        barrier_arrive(&shared.empty[group][at.stage]);
         at.advance();
         work.offer(second, weights[1], 1, page_begin, scales);
       }
       const bool last = round + 1 == num_rounds;
-      if (last) warp_arrive(&shared.q_empty);
+      if (last) barrier_arrive(&shared.q_empty);
       named_barrier(kBothGroups, 256);
       for (int query = 0; query < kQueries; ++query) {
         const int n = shared.num_candidates[query];
@@ -346,11 +346,11 @@ __global__ void __launch_bounds__(384, 1)
     prefetch_map(&q_map);
     prefetch_map(&key_map);
     barrier_init(&shared.q_full, 1);
-    barrier_init(&shared.q_empty, 8);
+    barrier_init(&shared.q_empty, 256);
     for (int group = 0; group < 2; ++group) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(&shared.full[group][stage], 1);
-        barrier_init(&shared.empty[group][stage], 4);
+        barrier_init(&shared.empty[group][stage], 128);
       }
     }
     fence_barrier_init();

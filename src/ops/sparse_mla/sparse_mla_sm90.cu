@@ -347,7 +347,7 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
       attend<kN, kMode>(shared, shared.q[q_index][0], stage, group, scale_log2, wanted, state);
       // The second warpgroup leaves its sums where its last tile was.
       const bool keep = kSplitKeys && group == 1 && tile + 2 >= num_tiles;
-      if (!keep) warp_arrive(&shared.empty[stage]);
+      if (!keep) barrier_arrive(&shared.empty[stage]);
     }
     if constexpr (kSplitKeys) {
       if (num_tiles >= 2) {
@@ -355,14 +355,12 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
         const int stage = (first_tile + last) % kStages;
         float* place = reinterpret_cast<float*>(shared.rows[stage]);
         static_assert((kN / 2 + kValuePanels * kN / 2) * 128 * 4 <= sizeof(shared.rows[0]));
-        if (group == 1) {
-          named_barrier(3, 128);  // all its warps have read the tile
-          leave<kN>(state, place, thread);
-        }
+        named_barrier(2 + group, 128);  // all warps of the second group have read the tile
+        if (group == 1) leave<kN>(state, place, thread);
         named_barrier(kBothGroups, 256);
         if (group == 0) {
           merge<kN>(state, place, thread);
-          warp_arrive(&shared.empty[stage]);
+          barrier_arrive(&shared.empty[stage]);
         }
       }
       if (group == 0)
@@ -393,7 +391,7 @@ __global__ void __launch_bounds__(384, 1) sparse_mla_kernel(const __grid_constan
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(&shared.full[stage], kFp8 ? 256 : 128);
-      barrier_init(&shared.empty[stage], kMode == Mode::kSplitKeys ? 4 : 8);
+      barrier_init(&shared.empty[stage], kMode == Mode::kSplitKeys ? 128 : 256);
     }
     fence_barrier_init();
   }
