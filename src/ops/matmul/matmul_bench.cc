@@ -38,6 +38,7 @@ constexpr BenchShape kShapes[] = {
     {"experts", 128, 1024, 512, 8}, {"experts", 128, 512, 1024, 8}, {"experts", 16, 1024, 512, 8},
     {"decode", 1, 1024, 2048, 1},   {"decode", 1, 4096, 1024, 1},   {"decode", 1, 512, 4096, 1},
     {"decode", 1, 1024, 512, 8},    {"decode", 4, 1024, 2048, 1},   {"decode", 8, 1024, 2048, 1},
+    {"decode", 8, 256, 1024, 1},    {"experts", 2, 256, 96, 8},
 };
 
 __attribute__((target("avx512f,avx512bf16"))) void dot_peak() {

@@ -17,7 +17,7 @@ namespace indexcache {
 namespace {
 
 constexpr int64_t kSmallItemBytes = 128 << 10;  // of w
-constexpr int64_t kReadBoundM = 8;              // with more rows of x, time grows with them
+constexpr int64_t kReadBoundM = 4;              // with more rows of x, time grows with them
 constexpr int64_t kPanelItemFlops = 16 << 20;   // about 70 us of one core
 constexpr int64_t kItemTokens = 256;
 constexpr int64_t kMaxItemTiles = 4;
