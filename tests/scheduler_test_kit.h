@@ -12,7 +12,7 @@
 
 namespace indexcache {
 
-struct Answer {
+struct ClientAnswer {
   std::vector<int32_t> tokens;
   std::vector<TokenLogprob> logprobs, prompt_logprobs;
   int64_t cached_prompt_tokens = 0;
@@ -28,7 +28,7 @@ class Client {
     return [state = state_](GenerationEvent event) { state->take(std::move(event)); };
   }
 
-  Answer wait() {
+  ClientAnswer wait() {
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return state_->answer.num_finished > 0; });
     return state_->answer;
@@ -41,7 +41,7 @@ class Client {
     });
   }
 
-  Answer so_far() {
+  ClientAnswer so_far() {
     const std::lock_guard lock(state_->mutex);
     return state_->answer;
   }
@@ -50,7 +50,7 @@ class Client {
   struct State {
     std::mutex mutex;
     std::condition_variable changed;
-    Answer answer;
+    ClientAnswer answer;
 
     void take(GenerationEvent event) {
       const std::lock_guard lock(mutex);
@@ -87,20 +87,20 @@ inline GenerationRequest request_of(std::vector<int32_t> prompt, int64_t max_tok
 }
 
 // Submits all at once and waits for all.
-inline std::vector<Answer> answers_of(Scheduler& scheduler,
-                                      const std::vector<GenerationRequest>& requests) {
+inline std::vector<ClientAnswer> answers_of(Scheduler& scheduler,
+                                            const std::vector<GenerationRequest>& requests) {
   std::vector<Client> clients(requests.size());
   for (size_t i = 0; i < requests.size(); ++i) {
     Refusal refusal;
     EXPECT_NE(scheduler.submit(requests[i], clients[i].on_event(), &refusal), 0u)
         << refusal.message;
   }
-  std::vector<Answer> answers;
+  std::vector<ClientAnswer> answers;
   for (Client& client : clients) answers.push_back(client.wait());
   return answers;
 }
 
-inline Answer answer_of(Scheduler& scheduler, const GenerationRequest& request) {
+inline ClientAnswer answer_of(Scheduler& scheduler, const GenerationRequest& request) {
   return answers_of(scheduler, {request}).front();
 }
 
@@ -119,7 +119,8 @@ inline bool same_bits(const std::vector<TokenLogprob>& a, const std::vector<Toke
   return true;
 }
 
-inline void expect_same_bits(const Answer& a, const Answer& b, const std::string& what) {
+inline void expect_same_bits(const ClientAnswer& a, const ClientAnswer& b,
+                             const std::string& what) {
   EXPECT_EQ(a.tokens, b.tokens) << what;
   EXPECT_TRUE(same_bits(a.logprobs, b.logprobs)) << what;
   EXPECT_TRUE(same_bits(a.prompt_logprobs, b.prompt_logprobs)) << what;

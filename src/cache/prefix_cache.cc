@@ -46,16 +46,12 @@ PrefixCache::Key PrefixCache::key_of(const PrefixPosition& position,
 
 // The node's page becomes page `index` of the sequence.
 void PrefixCache::take(Node& node, SequenceCache& sequence, size_t index) {
-  if (node.idle) {
-    idle_.erase(node.place);
-    node.idle = false;
-  }
+  const bool is_next = index == sequence.pages.size();
+  if (is_next) sequence.pages.push_back(node.page);
+  if (node.idle) busy_.splice(busy_.end(), idle_, node.place);
+  node.idle = false;
   cache_.hold(node.page);
-  if (index == sequence.pages.size()) {
-    sequence.pages.push_back(node.page);
-  } else {
-    cache_.let_go(std::exchange(sequence.pages[index], node.page));
-  }
+  if (!is_next) cache_.let_go(std::exchange(sequence.pages[index], node.page));
 }
 
 int64_t PrefixCache::extend(SequenceCache& sequence, PrefixPosition& position,
@@ -88,11 +84,14 @@ void PrefixCache::insert(SequenceCache& sequence, PrefixPosition& position,
       position.detached = true;
       return;
     }
+    std::list<int32_t> place = {sequence.pages[index]};  // before the node, which is never without
     const auto [entry, is_new] = nodes_.try_emplace(key_of(position, tokens, salt));
     Node& node = entry->second;
     if (is_new) {
       node.id = next_id_++;
       node.page = sequence.pages[index];
+      node.place = place.begin();
+      busy_.splice(busy_.end(), place);
       cache_.hold(node.page);
       by_page_[static_cast<size_t>(node.page)] = &*entry;
     } else {
@@ -117,7 +116,7 @@ void PrefixCache::release(SequenceCache& sequence) {
     Nodes::value_type* entry = node_of_page(*page);
     cache_.let_go(*page);
     if (entry == nullptr || cache_.holders(*page) > 1) continue;
-    entry->second.place = idle_.insert(idle_.end(), *page);
+    idle_.splice(idle_.end(), busy_, entry->second.place);
     entry->second.idle = true;
   }
   sequence = {};
@@ -131,7 +130,7 @@ void PrefixCache::drop(const SequenceCache& sequence) {
 
 void PrefixCache::forget(Nodes::value_type& entry) {
   const int32_t page = entry.second.page;
-  if (entry.second.idle) idle_.erase(entry.second.place);
+  (entry.second.idle ? idle_ : busy_).erase(entry.second.place);
   by_page_[static_cast<size_t>(page)] = nullptr;
   nodes_.erase(nodes_.find(entry.first));
   cache_.let_go(page);

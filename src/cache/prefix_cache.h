@@ -85,7 +85,7 @@ class PrefixCache {
     uint64_t id = 0;
     int32_t page = -1;
     bool idle = false;
-    std::list<int32_t>::iterator place;  // in idle_, while idle
+    std::list<int32_t>::iterator place;  // in idle_ or busy_
   };
   struct KeyHash {
     uint64_t seed;
@@ -104,7 +104,9 @@ class PrefixCache {
   uint64_t next_id_ = 1;
   Nodes nodes_;
   std::vector<Nodes::value_type*> by_page_;  // null for pages that are not cached
-  std::list<int32_t> idle_;                  // pages, least recently used first
+  // Pages, least recently used first, and the cached pages that are in use: a page goes from one to
+  // the other without memory being asked for, so that giving back never fails.
+  std::list<int32_t> idle_, busy_;
 };
 
 }  // namespace indexcache

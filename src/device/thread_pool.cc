@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <system_error>
+#include <utility>
 
 #include "base/error.h"
 
@@ -59,13 +60,15 @@ void ThreadPool::run(int64_t num_items, Call call, const void* context) {
   take_items(0);
   for (int spin = 0;; ++spin) {
     int32_t inside = 0;
-    if (num_inside_.compare_exchange_strong(inside, kClosed, std::memory_order_acquire)) return;
+    if (num_inside_.compare_exchange_strong(inside, kClosed, std::memory_order_acquire)) break;
     if (spin < kSpins) {
       _mm_pause();
     } else {
       num_inside_.wait(inside, std::memory_order_relaxed);
     }
   }
+  if (failed_.exchange(false, std::memory_order_relaxed))
+    std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 bool ThreadPool::enter() {
@@ -82,10 +85,15 @@ void ThreadPool::leave() {
 }
 
 void ThreadPool::take_items(int thread) {
-  for (;;) {
-    const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
-    if (item >= num_items_) return;
-    call_(context_, item, thread);
+  try {
+    for (;;) {
+      const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
+      if (item >= num_items_) return;
+      call_(context_, item, thread);
+    }
+  } catch (...) {
+    next_item_.store(num_items_, std::memory_order_relaxed);
+    if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -29,8 +30,9 @@ class ThreadPool {
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls body(item, thread) for item in [0, num_items), thread in [0, num_threads()). Returns when
-  // all are done. Must not be called from inside a body. A body must not throw: ops check their
-  // contract before they start.
+  // all are done. Must not be called from inside a body. What a body throws (ops check their
+  // contract before they start, but memory can run out) comes out here, once no thread is inside
+  // any more; items that had not begun are left out.
   template <class Body>
   void parallel_for(int64_t num_items, const Body& body) {
     static_assert(std::is_invocable_v<const Body&, int64_t, int>);
@@ -55,6 +57,8 @@ class ThreadPool {
   Call call_ = nullptr;
   const void* context_ = nullptr;
   int64_t num_items_ = 0;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;  // the first one's, written by who set failed_
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<uint32_t> job_{0};  // grows by one per job; workers wait for it to change
   alignas(64) std::atomic<int64_t> next_item_{0};

@@ -56,6 +56,28 @@ TEST(ThreadPool, ManyJobsSeeEachOthersWrites) {
   }
 }
 
+TEST(ThreadPool, WhatABodyThrowsComesOutWhenNoneIsInside) {
+  for (int num_threads = 1; num_threads <= 4; ++num_threads) {
+    ThreadPool pool(num_threads);
+    for (int job = 0; job < 200; ++job) {
+      std::atomic<int> num_inside = 0, num_begun = 0;
+      const auto body = [&](int64_t item, int) {
+        ++num_inside;
+        ++num_begun;
+        const bool fails = item % 50 == 7;  // several threads may fail at once
+        --num_inside;
+        if (fails) throw std::runtime_error("item " + std::to_string(item));
+      };
+      EXPECT_THROW(pool.parallel_for(1000, body), std::runtime_error);
+      EXPECT_EQ(num_inside, 0);
+      EXPECT_LT(num_begun, 1000) << "what had not begun is left out";
+      std::atomic<int> num_done = 0;
+      pool.parallel_for(100, [&](int64_t, int) { ++num_done; });
+      EXPECT_EQ(num_done, 100) << "the pool goes on";
+    }
+  }
+}
+
 // At most one item at a time has the number of a thread, so per-thread scratch needs no lock.
 TEST(ThreadPool, ThreadNumbersAreNotShared) {
   ThreadPool pool(4);

@@ -67,14 +67,16 @@ void RequestBatch::run_batch() {
   totals_.times.head += stands_for * times.head;
 }
 
-std::vector<PendingEvent> RequestBatch::end_all(FinishReason reason, const std::string& message) {
-  for (const auto& request : running_) {
-    if (!request->done) finish(request, reason, message);
-  }
-  for (const auto& request : waiting_) finish(request, reason, message);
+void RequestBatch::release_all() {
+  for (const auto& request : running_) prefix_.release(request->cache);
+  // One has pages where a step failed while it was being admitted.
+  for (const auto& request : waiting_) prefix_.release(request->cache);
   running_.clear();
   waiting_.clear();
-  return std::exchange(events_, {});
+  in_batch_.clear();
+  batch_.clear();
+  rows_.clear();
+  events_.clear();
 }
 
 void RequestBatch::describe(SchedulerStats& stats) const {

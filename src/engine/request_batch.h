@@ -79,8 +79,8 @@ class RequestBatch {
   // back first. The events are in each request's order; its pages are free when it has a kFinished.
   std::vector<PendingEvent> step();
 
-  // kFinished for all.
-  std::vector<PendingEvent> end_all(FinishReason reason, const std::string& message);
+  // All requests give their pages back and are forgotten, without an event. Needs no memory.
+  void release_all();
 
   // What this knows of the statistics.
   void describe(SchedulerStats& stats) const;

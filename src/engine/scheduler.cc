@@ -56,8 +56,11 @@ struct Scheduler::State {
   }
 
   void run();
-  void publish(std::vector<PendingEvent>& events);
-  void deliver(std::vector<PendingEvent>& events);
+  bool wait_for_work();
+  void set_fault(const std::exception& error);
+  void end_all(FinishReason reason, const std::string& message);
+  void publish(const std::vector<PendingEvent>& events);
+  void deliver(PendingEvent pending);
   double retry_after_seconds() const;
 
   Engine& engine;
@@ -79,49 +82,84 @@ struct Scheduler::State {
   std::thread thread;
 };
 
+// False: it is time to stop.
+bool Scheduler::State::wait_for_work() {
+  std::unique_lock lock(mutex);
+  const auto has_work = [&] {
+    return stopping || !incoming.empty() || something_ended || !batch.idle();
+  };
+  if (!has_work()) {
+    thread_idle = true;
+    changed.notify_all();
+    work.wait(lock, has_work);
+  }
+  thread_idle = false;
+  if (stopping) return false;
+  for (const auto& request : incoming) batch.add(request);
+  incoming.clear();
+  batch.describe(stats);  // who came is not lost from the books while the first step runs
+  something_ended = false;
+  return true;
+}
+
 void Scheduler::State::run() {
   for (;;) {
-    {
-      std::unique_lock lock(mutex);
-      const auto has_work = [&] {
-        return stopping || !incoming.empty() || something_ended || !batch.idle();
-      };
-      if (!has_work()) {
-        thread_idle = true;
-        changed.notify_all();
-        work.wait(lock, has_work);
-      }
-      thread_idle = false;
-      if (stopping) break;
-      for (auto& request : incoming) batch.add(std::move(request));
-      incoming.clear();
-      batch.describe(stats);  // who came is not lost from the books while the first step runs
-      something_ended = false;
-      if (!stats.fault.empty()) continue;
-    }
-    std::vector<PendingEvent> events;
     try {
-      events = batch.step();
+      if (!wait_for_work()) break;
+      std::vector<PendingEvent> events = batch.step();
+      publish(events);
+      for (PendingEvent& pending : events) deliver(std::move(pending));
     } catch (const std::exception& error) {
-      {
-        const std::lock_guard lock(mutex);
-        stats.fault = error.what();
-        for (auto& request : incoming) batch.add(std::move(request));
-        incoming.clear();
-      }
-      events = batch.end_all(FinishReason::kEngineFault, error.what());
+      set_fault(error);
+      end_all(FinishReason::kEngineFault, stats.fault);
     }
-    publish(events);
-    deliver(events);
   }
-  for (auto& request : incoming) batch.add(std::move(request));
-  std::vector<PendingEvent> events = batch.end_all(FinishReason::kDrained, "the server stops");
-  publish(events);
-  deliver(events);
+  end_all(FinishReason::kDrained, "the server stops");
+}
+
+// Requests are refused from now on.
+void Scheduler::State::set_fault(const std::exception& error) {
+  const std::lock_guard lock(mutex);
+  const bool no_memory = dynamic_cast<const std::bad_alloc*>(&error) != nullptr;
+  try {
+    stats.fault = no_memory ? "out of memory" : error.what();
+  } catch (const std::bad_alloc&) {
+    stats.fault = "out of memory";  // short enough to need none
+  }
+}
+
+// Whoever has been accepted and not heard of an end hears of it, be there memory or not.
+void Scheduler::State::end_all(FinishReason reason, const std::string& message) {
+  batch.release_all();
+  {
+    const std::lock_guard lock(mutex);
+    incoming.clear();
+    batch.describe(stats);
+  }
+  for (;;) {
+    std::shared_ptr<RequestState> request;
+    {
+      const std::lock_guard lock(mutex);
+      if (requests.empty()) return;
+      request = requests.begin()->second;
+      if (!request->ended.exchange(true)) {
+        stats.finished += 1;
+        num_alive -= 1;
+      }
+    }
+    GenerationEvent event;
+    event.kind = GenerationEvent::Kind::kFinished;
+    event.reason = reason;
+    try {
+      event.message = message;
+    } catch (const std::bad_alloc&) {  // the reason has to do
+    }
+    deliver({request, std::move(event)});
+  }
 }
 
 // Closes the books before anybody hears of it: who gets a kFinished finds its pages free.
-void Scheduler::State::publish(std::vector<PendingEvent>& events) {
+void Scheduler::State::publish(const std::vector<PendingEvent>& events) {
   const std::lock_guard lock(mutex);
   batch.describe(stats);
   for (const PendingEvent& pending : events) {
@@ -135,22 +173,21 @@ void Scheduler::State::publish(std::vector<PendingEvent>& events) {
   }
 }
 
-void Scheduler::State::deliver(std::vector<PendingEvent>& events) {
-  for (PendingEvent& pending : events) {
-    RequestState& request = *pending.request;
-    const bool last = pending.event.kind == GenerationEvent::Kind::kFinished;
-    {
-      const std::lock_guard lock(request.delivery);
-      if (request.closed) continue;
+void Scheduler::State::deliver(PendingEvent pending) {
+  RequestState& request = *pending.request;
+  const bool last = pending.event.kind == GenerationEvent::Kind::kFinished;
+  {
+    const std::lock_guard lock(request.delivery);
+    if (!request.closed) {
       request.closed = last;
       request.on_event(std::move(pending.event));
       if (last) request.on_event = nullptr;
     }
-    if (!last) continue;
-    const std::lock_guard lock(mutex);
-    requests.erase(request.id);
-    changed.notify_all();
   }
+  if (!last) return;
+  const std::lock_guard lock(mutex);
+  requests.erase(request.id);
+  changed.notify_all();
 }
 
 // About when a place becomes free, from how often requests ended lately.
@@ -204,6 +241,7 @@ Scheduler::RequestId Scheduler::submit(GenerationRequest request, OnEvent on_eve
   }
   const RequestId id = ++state_->last_id;
   auto added = std::make_shared<RequestState>(id, std::move(request), std::move(on_event));
+  state_->incoming.reserve(state_->incoming.size() + 1);  // both are told of it, or neither
   state_->requests.emplace(id, added);
   state_->incoming.push_back(std::move(added));
   state_->num_alive += 1;

@@ -32,8 +32,8 @@ void expect_same_bits_everywhere(const ModelSource& source, ComputeChoice comput
   GenerationRequest prompt_scored = requests[3];
   prompt_scored.num_prompt_logprobs = 2;
 
-  std::vector<Answer> alone;
-  Answer prompt_alone;
+  std::vector<ClientAnswer> alone;
+  ClientAnswer prompt_alone;
   {
     Engine engine(source, options);
     SchedulerOptions no_cache = deterministic;
@@ -54,7 +54,7 @@ void expect_same_bits_everywhere(const ModelSource& source, ComputeChoice comput
       chunked.max_running = 6;
       Scheduler scheduler(engine, chunked);
       for (const char* round : {"first", "from the prefix cache"}) {
-        const std::vector<Answer> together = answers_of(scheduler, requests);
+        const std::vector<ClientAnswer> together = answers_of(scheduler, requests);
         for (size_t i = 0; i < requests.size(); ++i)
           expect_same_bits(together[i], alone[i], fmt::format("{} {} {}", i, what, round));
       }
@@ -66,7 +66,7 @@ void expect_same_bits_everywhere(const ModelSource& source, ComputeChoice comput
   options.cache_tokens = 640;
   Engine engine(source, options);
   Scheduler scheduler(engine, deterministic);
-  const std::vector<Answer> crowded = answers_of(scheduler, requests);
+  const std::vector<ClientAnswer> crowded = answers_of(scheduler, requests);
   for (size_t i = 0; i < requests.size(); ++i)
     expect_same_bits(crowded[i], alone[i], fmt::format("crowded {}", i));
 }
@@ -117,7 +117,7 @@ TEST(Poison, StaysInItsRequest) {
         healthy.back().stop_tokens = {kPoison};  // which the model may say by itself
         healthy.back().num_logprobs = 1;
       }
-      std::vector<Answer> expected;
+      std::vector<ClientAnswer> expected;
       for (const GenerationRequest& request : healthy)
         expected.push_back(answer_of(scheduler, request));
 
@@ -129,7 +129,7 @@ TEST(Poison, StaysInItsRequest) {
           all.insert(all.begin() + 2, healthy[0]);
           all[2].prompt[place] = kPoison;
         }
-        const std::vector<Answer> answers = answers_of(scheduler, all);
+        const std::vector<ClientAnswer> answers = answers_of(scheduler, all);
         for (size_t i = 0; i < all.size(); ++i) {
           if (i == 2 || i == 3) {
             EXPECT_EQ(answers[i].reason, FinishReason::kNanLogits);
@@ -152,7 +152,7 @@ TEST(Poison, ItsPagesAreDroppedFromTheCache) {
   Engine engine(source, scheduler_engine_options());
   Scheduler scheduler(engine, {});
   const GenerationRequest request = request_of(small_tokens(300, 200), 5);
-  const Answer expected = answer_of(scheduler, request);
+  const ClientAnswer expected = answer_of(scheduler, request);
   EXPECT_EQ(answer_of(scheduler, request).cached_prompt_tokens, 192);
   // Break what the cache holds, as a bad memory cell would. The engine's thread is idle.
   ASSERT_TRUE(scheduler.stats().cached_pages > 0);
@@ -162,7 +162,7 @@ TEST(Poison, ItsPagesAreDroppedFromTheCache) {
     std::memcpy(latent.base + 4 * i, &nan, sizeof(nan));
   }
   EXPECT_EQ(answer_of(scheduler, request).reason, FinishReason::kNanLogits);
-  const Answer again = answer_of(scheduler, request);
+  const ClientAnswer again = answer_of(scheduler, request);
   EXPECT_EQ(again.cached_prompt_tokens, 0) << "computed anew";
   EXPECT_EQ(again.tokens, expected.tokens);
 }
@@ -201,7 +201,7 @@ TEST(Stress, SubmitAndCancelFromManyThreads) {
   options.context = 400;
   options.cache_tokens = 1024;  // 16 pages: preemptions happen
   Engine engine(source, options);
-  std::vector<Answer> expected;
+  std::vector<ClientAnswer> expected;
   std::vector<GenerationRequest> kinds;
   for (uint64_t i = 0; i < 6; ++i) {
     std::vector<int32_t> prompt = small_tokens(500 + i / 3, 130);
@@ -238,7 +238,7 @@ TEST(Stress, SubmitAndCancelFromManyThreads) {
           EXPECT_EQ(client.so_far().num_finished, 1) << "told before cancel() returns";
           scheduler.cancel(id);
         }
-        const Answer answer = client.wait();
+        const ClientAnswer answer = client.wait();
         EXPECT_TRUE(answer.in_order);
         EXPECT_EQ(answer.num_finished, 1);
         if (answer.reason == FinishReason::kCancelled) {

@@ -19,7 +19,7 @@ TEST(Scheduler, OneRequestIsGenerate) {
   engine.cache.release(sequence);
 
   Scheduler scheduler(engine, {});
-  const Answer answer = answer_of(scheduler, request_of(prompt, 40));
+  const ClientAnswer answer = answer_of(scheduler, request_of(prompt, 40));
   EXPECT_EQ(answer.tokens, expected.tokens);
   EXPECT_TRUE(answer.in_order);
   EXPECT_EQ(answer.num_prompt_done, 1);
@@ -43,14 +43,14 @@ TEST(Scheduler, ManyAtOnceAreEachTheSameAsAlone) {
     requests.push_back(request_of(small_tokens(i, 1 + static_cast<int64_t>(i * 53 % 300)), 20));
     if (i % 3 == 1) requests.back().sampling = {.temperature = 0.8, .seed = i};
   }
-  std::vector<Answer> alone;
+  std::vector<ClientAnswer> alone;
   {
     Scheduler scheduler(engine, {.prefix_cache = false});
     for (const GenerationRequest& request : requests)
       alone.push_back(answer_of(scheduler, request));
   }
   Scheduler scheduler(engine, {.max_running = 8, .chunk_tokens = 96});
-  const std::vector<Answer> together = answers_of(scheduler, requests);
+  const std::vector<ClientAnswer> together = answers_of(scheduler, requests);
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(together[i].tokens, alone[i].tokens) << i;
     EXPECT_TRUE(together[i].in_order) << i;
@@ -78,7 +78,7 @@ TEST(Scheduler, PromptLogprobsAreThoseOfThePrompt) {
     GenerationRequest request = request_of(prompt, 1);
     request.num_logprobs = 2;
     request.num_prompt_logprobs = 3;
-    const Answer answer = answer_of(scheduler, request);
+    const ClientAnswer answer = answer_of(scheduler, request);
     EXPECT_EQ(answer.cached_prompt_tokens, 0) << "cached positions have no logits";
     ASSERT_EQ(answer.prompt_logprobs.size(), prompt.size() - 1);
     for (size_t i = 0; i + 1 < prompt.size(); ++i) {
@@ -97,7 +97,7 @@ TEST(Scheduler, PromptLogprobsAreThoseOfThePrompt) {
 
     // Scoring alone: no token is generated.
     request.max_tokens = 0;
-    const Answer scored = answer_of(scheduler, request);
+    const ClientAnswer scored = answer_of(scheduler, request);
     EXPECT_TRUE(scored.tokens.empty());
     EXPECT_EQ(scored.prompt_logprobs.size(), prompt.size() - 1);
     EXPECT_EQ(scored.reason, FinishReason::kLength);
@@ -115,12 +115,12 @@ TEST(Scheduler, StopTokensEndBeforeTheyAreGivenOut) {
   const size_t first =
       static_cast<size_t>(std::find(free.begin(), free.end(), stop) - free.begin());
   request.stop_tokens = {stop};
-  const Answer stopped = answer_of(scheduler, request);
+  const ClientAnswer stopped = answer_of(scheduler, request);
   EXPECT_EQ(stopped.reason, FinishReason::kStop);
   EXPECT_EQ(stopped.tokens, std::vector<int32_t>(free.begin(), free.begin() + first));
 
   request.min_tokens = static_cast<int64_t>(first) + 3;
-  const Answer longer = answer_of(scheduler, request);
+  const ClientAnswer longer = answer_of(scheduler, request);
   EXPECT_GE(longer.tokens.size(), first + 3);
   for (size_t i = 0; i < first + 3; ++i) EXPECT_NE(longer.tokens[i], stop);
 }
@@ -136,7 +136,7 @@ TEST(Scheduler, TheContextEndsARequest) {
   EXPECT_EQ(expected.finish, GenerateResult::Finish::kContextFull);
   engine.cache.release(sequence);
   Scheduler scheduler(engine, {});
-  const Answer answer = answer_of(scheduler, request_of(prompt, 50));
+  const ClientAnswer answer = answer_of(scheduler, request_of(prompt, 50));
   EXPECT_EQ(answer.tokens, expected.tokens);
   EXPECT_EQ(answer.reason, FinishReason::kLength);
   EXPECT_EQ(answer_of(scheduler, request_of(small_tokens(4, 100), 5)).tokens.size(), 1u);
@@ -197,13 +197,13 @@ TEST(Scheduler, CancelFreesPagesAndSharedBeginningsStay) {
   Engine engine(source, options);
   Scheduler scheduler(engine, {.chunk_tokens = 64});
   const std::vector<int32_t> prompt = small_tokens(6, 300);
-  const Answer expected = answer_of(scheduler, request_of(prompt, 30));
+  const ClientAnswer expected = answer_of(scheduler, request_of(prompt, 30));
   Client cancelled, other;
   const auto id = scheduler.submit(request_of(prompt, 700), cancelled.on_event(), nullptr);
   scheduler.submit(request_of(prompt, 30), other.on_event(), nullptr);
   cancelled.wait_for_tokens(3);
   scheduler.cancel(id);
-  const Answer answer = cancelled.so_far();
+  const ClientAnswer answer = cancelled.so_far();
   EXPECT_EQ(answer.num_finished, 1);
   EXPECT_EQ(answer.reason, FinishReason::kCancelled);
   scheduler.cancel(id);
@@ -268,7 +268,7 @@ TEST(Scheduler, AnEngineThatFailsServesNobody) {
   Client first, second;
   Refusal refusal;
   scheduler.submit(request_of({1, 2}, 5), first.on_event(), nullptr);
-  const Answer answer = first.wait();
+  const ClientAnswer answer = first.wait();
   EXPECT_EQ(answer.reason, FinishReason::kEngineFault);
   EXPECT_NE(answer.message.find("broken"), std::string::npos) << answer.message;
   EXPECT_EQ(scheduler.submit(request_of({1}, 5), second.on_event(), &refusal), 0u);
@@ -369,10 +369,10 @@ TEST(RequestBatch, TheYoungestGivesWayAndLosesNothing) {
     Steps steps(engine, {});
     std::vector<std::shared_ptr<RequestState>> states;
     for (const GenerationRequest& request : some) states.push_back(steps.add(request));
-    std::vector<Answer> answers(some.size());
+    std::vector<ClientAnswer> answers(some.size());
     while (!steps.batch.idle()) {
       for (PendingEvent& pending : steps.batch.step()) {
-        Answer& answer = answers[pending.request->id - 1];
+        ClientAnswer& answer = answers[pending.request->id - 1];
         if (pending.event.kind == Kind::kPromptDone) {
           answer.num_prompt_done += 1;
           answer.prompt_logprobs = pending.event.prompt_logprobs;
@@ -389,12 +389,12 @@ TEST(RequestBatch, TheYoungestGivesWayAndLosesNothing) {
     if (preemptions != nullptr) *preemptions = steps.stats().preemptions;
     return answers;
   };
-  std::vector<Answer> alone;
+  std::vector<ClientAnswer> alone;
   for (size_t i = 0; i < requests.size(); ++i) {
     alone.push_back(run(std::span(requests).subspan(i, 1), nullptr).front());
   }
   int64_t preemptions = 0;
-  const std::vector<Answer> together = run(requests, &preemptions);
+  const std::vector<ClientAnswer> together = run(requests, &preemptions);
   EXPECT_GT(preemptions, 0) << "a weak test";
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(together[i].num_prompt_done, 1);

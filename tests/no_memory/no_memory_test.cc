@@ -2,7 +2,9 @@
 // crash, nothing lost; and a server that goes on.
 #include <gtest/gtest.h>
 
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 
 #include "base/rng.h"
 #include "checkpoint/test_files.h"
@@ -10,6 +12,7 @@
 #include "plan/plan_file.h"
 #include "server/server_test_kit.h"
 #include "tests/no_memory/failing_new.h"
+#include "tests/scheduler_test_kit.h"
 #include "tests/server_process.h"
 
 // The JSON library's constructor from a list loses the members that it has made when it finds no
@@ -186,6 +189,99 @@ TEST(NoMemory, ServerGoesOn) {
       ASSERT_EQ(without_ids(body_of(server.ask(good))), before) << "after " << n;
     }
     EXPECT_GT(num_refused, 0) << "a weak test";
+  }
+}
+
+// Hears of a request without taking memory.
+struct QuietClient {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<int32_t> tokens;
+  int num_finished = 0;
+  FinishReason reason = FinishReason::kLength;
+  std::string message;
+
+  Scheduler::OnEvent on_event() {
+    tokens.reserve(64);
+    return [this](GenerationEvent event) {
+      const std::lock_guard lock(mutex);
+      if (event.kind == GenerationEvent::Kind::kToken) tokens.push_back(event.token);
+      if (event.kind != GenerationEvent::Kind::kFinished) return;
+      num_finished += 1;
+      reason = event.reason;
+      message = std::move(event.message);
+      changed.notify_all();
+    };
+  }
+  void wait() {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return num_finished > 0; });
+  }
+};
+
+// At each place of the engine's threads: every request ends once, with its answer or by the fault,
+// which the next one is told; nothing stays behind in the cache.
+TEST(NoMemory, Engine) {
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options();
+  options.cache_tokens = 1024;  // the last request waits for pages or takes those of another
+  std::vector<GenerationRequest> requests;
+  for (uint64_t i = 0; i < 4; ++i) {
+    GenerationRequest& request =
+        requests.emplace_back(request_of(small_tokens(i / 2, i == 3 ? 600 : 150), 6));
+    request.cache_salt = "a salt that is not short";
+    request.num_logprobs = 2;
+    if (i == 1) request.num_prompt_logprobs = 1;
+  }
+  std::vector<ClientAnswer> expected;
+  {
+    Engine engine(source, options);
+    Scheduler scheduler(engine, {});
+    expected = answers_of(scheduler, requests);
+  }
+  for (const auto failure : {NoMemoryAfter::Failure::kOnce, NoMemoryAfter::Failure::kForGood}) {
+    Rng rng(kSeed);
+    int num_faults = 0;
+    bool has_failed = true;
+    for (int64_t n = 0; has_failed; n = next_place(n, rng, 100)) {
+      SCOPED_TRACE(n);
+      Engine engine(source, options);
+      Scheduler scheduler(engine, {.max_running = 3});
+      std::vector<QuietClient> clients(requests.size());
+      std::vector<Scheduler::OnEvent> listeners;
+      for (QuietClient& client : clients) listeners.push_back(client.on_event());
+      {
+        const NoMemoryAfter limit(n, failure, NoMemoryAfter::Threads::kOthers);
+        for (size_t i = 0; i < requests.size(); ++i) {
+          Refusal refusal;
+          if (scheduler.submit(requests[i], listeners[i], &refusal) != 0) continue;
+          EXPECT_EQ(refusal.kind, Refusal::Kind::kFaulted);
+          clients[i].num_finished = 1;
+          clients[i].reason = FinishReason::kEngineFault;
+        }
+        for (QuietClient& client : clients) client.wait();
+      }
+      has_failed = NoMemoryAfter::has_failed();
+      const SchedulerStats stats = scheduler.stats();
+      for (size_t i = 0; i < clients.size(); ++i) {
+        EXPECT_EQ(clients[i].num_finished, 1);
+        if (clients[i].reason != FinishReason::kEngineFault) {
+          EXPECT_EQ(clients[i].tokens, expected[i].tokens);
+        } else {
+          EXPECT_FALSE(stats.fault.empty());
+        }
+      }
+      EXPECT_EQ(stats.free_pages, stats.pages);
+      EXPECT_EQ(stats.accepted, stats.finished);
+      if (stats.fault.empty()) continue;
+      ++num_faults;
+      EXPECT_EQ(stats.fault, "out of memory");
+      Refusal refusal;
+      Client late;
+      EXPECT_EQ(scheduler.submit(requests[0], late.on_event(), &refusal), 0u);
+      EXPECT_EQ(refusal.kind, Refusal::Kind::kFaulted);
+    }
+    EXPECT_GT(num_faults, 10) << "a weak test";
   }
 }
 
