@@ -243,6 +243,21 @@ TEST(ServeFaults, OutOfDescriptors) {
   expect_recovered(server, before);
 }
 
+// The whole machine is out of descriptors or buffers, or a client left before it was greeted: the
+// connection waits, and is served when it can be.
+TEST(ServeFaults, ConnectionsThatCannotBeAccepted) {
+  if (!kLimitAddressSpace) GTEST_SKIP() << "sanitizers want to be loaded first";
+  const int errors[] = {ENFILE, ENOBUFS, ENOMEM, EMFILE, ECONNABORTED, EPROTO, EINTR, EPERM};
+  Server server(with({"--deterministic"}),
+                {{"LD_PRELOAD", INDEXCACHE_FAILING_ACCEPT},
+                 {"ACCEPT_ERRORS", fmt::format("{}", fmt::join(errors, ","))}});
+  ASSERT_TRUE(server.ready()) << server.log();
+  const double begin = monotonic_seconds();
+  const std::string before = good(server);  // through all of them
+  EXPECT_GT(monotonic_seconds() - begin, 0.1) << "a weak test: it pauses after each";
+  expect_recovered(server, before);
+}
+
 // Deadlines and durations come from a clock that nobody sets.
 TEST(ServeFaults, TheClockJumps) {
   std::string library;

@@ -614,6 +614,9 @@ HttpServer::HttpServer(App& app, const HttpServerOptions& options)
   const tcp::endpoint endpoint(address, options.port);
   s.acceptor.open(endpoint.protocol(), error);
   if (!error) s.acceptor.set_option(asio::socket_base::reuse_address(true), error);
+  // By itself Asio would wait for the next client, with others in the queue behind the one that
+  // left.
+  if (!error) s.acceptor.set_option(asio::socket_base::enable_connection_aborted(true), error);
   if (!error) s.acceptor.bind(endpoint, error);
   if (!error) s.acceptor.listen(asio::socket_base::max_listen_connections, error);
   if (error) {
