@@ -14,6 +14,8 @@
 
 #include "base/checked.h"
 #include "base/log.h"
+#include "base/units.h"
+#include "device/gpus.h"
 #include "ops/kit/cuda.cuh"
 #include "ops/matmul/matmul_impl.h"
 
@@ -75,8 +77,10 @@ const Library* library() {
 }
 
 void check_lt(cublasStatus_t status, const char* what) {
-  if (status != CUBLAS_STATUS_SUCCESS)
-    fail("cuBLASLt: {}: status {}", what, static_cast<int>(status));
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  // Kernels are loaded when first used: where no memory is left for them that is "internal error".
+  fail("cuBLASLt: {}: status {}, with {} of GPU memory free", what, static_cast<int>(status),
+       format_bytes(cuda_free_bytes()));
 }
 
 // y = x w^T by rows is y^T = w^T' x^T by columns: the library sees w as [k, n], to be transposed, x
