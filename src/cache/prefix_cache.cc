@@ -84,14 +84,15 @@ void PrefixCache::insert(SequenceCache& sequence, PrefixPosition& position,
       position.detached = true;
       return;
     }
-    std::list<int32_t> place = {sequence.pages[index]};  // before the node, which is never without
+    // Made first: where this finds no memory, no node is left without a place.
+    std::list<int32_t> new_place = {sequence.pages[index]};
     const auto [entry, is_new] = nodes_.try_emplace(key_of(position, tokens, salt));
     Node& node = entry->second;
     if (is_new) {
       node.id = next_id_++;
       node.page = sequence.pages[index];
-      node.place = place.begin();
-      busy_.splice(busy_.end(), place);
+      node.place = new_place.begin();
+      busy_.splice(busy_.end(), new_place);
       cache_.hold(node.page);
       by_page_[static_cast<size_t>(node.page)] = &*entry;
     } else {

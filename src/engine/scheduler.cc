@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <string_view>
 #include <thread>
 #include <unordered_map>
 
@@ -58,7 +59,7 @@ struct Scheduler::State {
   void run();
   bool wait_for_work();
   void set_fault(const std::exception& error);
-  void end_all(FinishReason reason, const std::string& message);
+  void end_all(FinishReason reason, std::string_view message);
   void publish(const std::vector<PendingEvent>& events);
   void deliver(PendingEvent pending);
   double retry_after_seconds() const;
@@ -129,7 +130,7 @@ void Scheduler::State::set_fault(const std::exception& error) {
 }
 
 // Whoever has been accepted and not heard of an end hears of it, be there memory or not.
-void Scheduler::State::end_all(FinishReason reason, const std::string& message) {
+void Scheduler::State::end_all(FinishReason reason, std::string_view message) {
   batch.release_all();
   {
     const std::lock_guard lock(mutex);
@@ -241,9 +242,13 @@ Scheduler::RequestId Scheduler::submit(GenerationRequest request, OnEvent on_eve
   }
   const RequestId id = ++state_->last_id;
   auto added = std::make_shared<RequestState>(id, std::move(request), std::move(on_event));
-  state_->incoming.reserve(state_->incoming.size() + 1);  // both are told of it, or neither
-  state_->requests.emplace(id, added);
-  state_->incoming.push_back(std::move(added));
+  state_->incoming.push_back(added);
+  try {
+    state_->requests.emplace(id, std::move(added));
+  } catch (...) {  // both know of it, or neither
+    state_->incoming.pop_back();
+    throw;
+  }
   state_->num_alive += 1;
   state_->stats.accepted += 1;
   state_->work.notify_one();

@@ -285,6 +285,27 @@ TEST(NoMemory, Engine) {
   }
 }
 
+TEST(NoMemory, EngineStops) {
+  const ModelSource source = small_model("FFSFS");
+  Engine engine(source, scheduler_engine_options());
+  Scheduler scheduler(engine, {});
+  std::vector<QuietClient> clients(3);
+  for (QuietClient& client : clients) {
+    client.tokens.reserve(1024);
+    EXPECT_NE(scheduler.submit(request_of({1, 2}, 1000), client.on_event(), nullptr), 0u);
+  }
+  {
+    const NoMemoryAfter limit(0, NoMemoryAfter::Failure::kForGood, NoMemoryAfter::Threads::kOthers);
+    scheduler.stop();
+  }
+  for (const QuietClient& client : clients) {
+    EXPECT_EQ(client.num_finished, 1);
+    EXPECT_TRUE(client.reason == FinishReason::kDrained ||
+                client.reason == FinishReason::kEngineFault);
+  }
+  EXPECT_EQ(scheduler.stats().free_pages, scheduler.stats().pages);
+}
+
 // The program itself, whose libraries get their memory from malloc.
 TEST(NoMemory, Commands) {
   if (!kLimitAddressSpace) GTEST_SKIP() << "sanitizers have a malloc of their own";
