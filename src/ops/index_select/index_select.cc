@@ -149,7 +149,6 @@ void run(Exec& exec, const IndexSelectArgs& args) {
     return task;
   };
 
-  // All scratch is taken before the threads start, because a task must not fail.
   size_t num_bytes = 0;
   for (const Block& block : blocks) {
     num_bytes = std::max(num_bytes, kKernel->scratch_bytes(task_of(block, 0)));
@@ -157,7 +156,6 @@ void run(Exec& exec, const IndexSelectArgs& args) {
     num_bytes = std::max(num_bytes,
                          static_cast<size_t>(block.num_slices * k + lanes) * 2 * sizeof(int32_t));
   }
-  for (int thread = 0; thread < exec.pool.num_threads(); ++thread) exec.scratch(thread, num_bytes);
 
   exec.pool.parallel_for(num_slices, [&](int64_t i, int thread) {
     const Block& block = *block_of_slice[static_cast<size_t>(i)];

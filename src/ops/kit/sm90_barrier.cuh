@@ -29,9 +29,9 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// One arrival of a whole warp, for what the tensor cores have read for it. Where lanes have read by
-// themselves each arrives for itself: as fast on an H200, and compute-sanitizer's racecheck follows
-// it, while it takes the reads of lanes that only __syncwarp() orders for a hazard.
+// One arrival of a whole warp, for what the tensor cores have read for it. Behind a barrier that
+// lanes read by themselves each lane arrives: as fast on an H200, and compute-sanitizer's racecheck
+// follows it, while it takes reads that only __syncwarp() orders before an arrival for a hazard.
 __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);

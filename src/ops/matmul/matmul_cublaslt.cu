@@ -15,7 +15,7 @@
 #include "base/checked.h"
 #include "base/log.h"
 #include "base/units.h"
-#include "device/gpus.h"
+#include "device/cuda.h"
 #include "ops/kit/cuda.cuh"
 #include "ops/matmul/matmul_impl.h"
 

@@ -79,6 +79,13 @@ std::shared_ptr<const Product> cached_product(const ProductShape& shape) {
   return products.emplace(shape, make_product(shape)).first->second;
 }
 
+// Of the calling thread, while it lives.
+struct OneOpenMpThread {
+  const int before = omp_get_max_threads();
+  OneOpenMpThread() { omp_set_num_threads(1); }
+  ~OneOpenMpThread() { omp_set_num_threads(before); }
+};
+
 struct Item {
   const MatmulGroup* group = nullptr;
   const void* x = nullptr;
@@ -102,8 +109,7 @@ void run_item(const Item& item, bool accumulate, int64_t element_bytes, Exec& ex
   const auto at = [&](const memory::desc& memory_desc, const void* data) {
     return memory(memory_desc, engine, const_cast<void*>(data));
   };
-  const int num_threads = omp_get_max_threads();
-  omp_set_num_threads(1);
+  const OneOpenMpThread one;
   item.product->primitive.execute(
       stream, {{DNNL_ARG_SRC, at(desc.src_desc(), item.x)},
                {DNNL_ARG_WEIGHTS,
@@ -111,7 +117,6 @@ void run_item(const Item& item, bool accumulate, int64_t element_bytes, Exec& ex
                {DNNL_ARG_DST, at(desc.dst_desc(), item.filled_up ? filled : y)},
                {DNNL_ARG_SCRATCHPAD, at(desc.scratchpad_desc(), scratch + y_bytes)}});
   stream.wait();
-  omp_set_num_threads(num_threads);
   if (!item.filled_up) return;
   for (int64_t m = 0; m < item.num_tokens; ++m) {
     for (int64_t i = 0; i < n; ++i) {
@@ -184,7 +189,9 @@ void matmul_onednn(Exec& exec, const MatmulArgs& args) {
     const int64_t ldx = bf16 ? 2 * row_words(k) : std::max(group.ldx, k);
     for (int64_t token = 0; token < group.m; token += kItemTokens) {
       const int64_t num_tokens = std::min(kItemTokens, group.m - token);
-      const int64_t m = bf16 ? round_up(num_tokens, kRowMultiple) : num_tokens;
+      // Fewer rows than fill the tiles take but so many shapes.
+      const bool fills_up = bf16 && group.m >= kMinTilesM;
+      const int64_t m = fills_up ? round_up(num_tokens, kRowMultiple) : num_tokens;
       const bool filled_up = m > num_tokens;
       const void* x = bf16 ? static_cast<const void*>(rounded + offsets[index] + token * ldx / 2)
                            : group.x + token * ldx;

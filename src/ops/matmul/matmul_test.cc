@@ -524,6 +524,36 @@ TEST(Matmul, LargeProducts) {
   }
 }
 
+// Rows that fill tiles and whole blocks, and some more.
+TEST(Matmul, ManyRows) {
+  Rng rng(kSeed + 7);
+  const int64_t n = 300, k = 97, ldx = k + 2, ldy = n + 3;
+  const auto weight = random_weight(rng, DType::kBF16, n, k, 0);
+  const auto abs_weight = absolute(*weight);
+  for (const int64_t m : {64, 65, 100, 512, 577}) {
+    const std::vector<float> x = random_floats(rng, m * ldx), abs_x = absolute(x);
+    for (const bool accumulate : {false, true}) {
+      const std::vector<float> start = random_floats(rng, m * ldy);
+      std::vector<float> ref = start, bound = absolute(start);
+      const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
+      const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
+      run_as("ref", 2, {{&group, 1}, Compute::kBF16, accumulate});
+      run_as("ref", 2, {{&abs_group, 1}, Compute::kBF16, accumulate});
+      for (const char* name : implementations({{&group, 1}, Compute::kBF16, accumulate})) {
+        std::vector<float> y = start;
+        MatmulGroup own = group;
+        own.y = y.data();
+        run_as(name, 2, {{&own, 1}, Compute::kBF16, accumulate});
+        expect_close(y, ref, bound, k + 1, fmt::format("{} m={} {}", name, m, accumulate));
+        for (int64_t row = 0; row < m; ++row) {
+          for (int64_t i = n; i < ldy; ++i)
+            ASSERT_EQ(y[row * ldy + i], start[row * ldy + i]) << name << ": between the rows";
+        }
+      }
+    }
+  }
+}
+
 // Every row of a batch, of odd shapes and of more groups, has the bits that it has alone.
 TEST(Matmul, BatchInvariantRowsDependOnNothingElse) {
   Rng rng(kSeed + 5);

@@ -355,7 +355,9 @@ __device__ void compute_loop(const Params& params, Shared<kN, kMode>& shared) {
         const int stage = (first_tile + last) % kStages;
         float* place = reinterpret_cast<float*>(shared.rows[stage]);
         static_assert((kN / 2 + kValuePanels * kN / 2) * 128 * 4 <= sizeof(shared.rows[0]));
-        named_barrier(2 + group, 128);  // all warps of the second group have read the tile
+        // All warps of the second group have read the tile. The first has nothing to wait for, but
+        // racecheck loses count of the next barrier where only one of the two has met before.
+        named_barrier(2 + group, 128);
         if (group == 1) leave<kN>(state, place, thread);
         named_barrier(kBothGroups, 256);
         if (group == 0) {
