@@ -247,7 +247,8 @@ TEST(ServeFaults, OutOfDescriptors) {
 // connection waits, and is served when it can be.
 TEST(ServeFaults, ConnectionsThatCannotBeAccepted) {
   if (!kLimitAddressSpace) GTEST_SKIP() << "sanitizers want to be loaded first";
-  const int errors[] = {ENFILE, ENOBUFS, ENOMEM, EMFILE, ECONNABORTED, EPROTO, EINTR, EPERM};
+  const int errors[] = {ENFILE, ENOBUFS, ENOMEM, EMFILE, ECONNABORTED,
+                        EPROTO, EINTR,   EPERM,  ENFILE};
   Server server(with({"--deterministic"}),
                 {{"LD_PRELOAD", INDEXCACHE_FAILING_ACCEPT},
                  {"ACCEPT_ERRORS", fmt::format("{}", fmt::join(errors, ","))}});

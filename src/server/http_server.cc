@@ -586,7 +586,9 @@ asio::awaitable<void> HttpServer::State::accept_loop(std::shared_ptr<bool>) {
     try {
       auto [error, socket] = co_await acceptor.async_accept(kAwait);
       if (error == asio::error::operation_aborted) co_return;
-      rest = static_cast<bool>(error);
+      // Each client that left before it was greeted has used up its place in the queue.
+      const bool left = error == asio::error::connection_aborted || error.value() == EPROTO;
+      rest = error && !left;
       if (!error && connections >= limits().connections) {
         turn_away(std::move(socket));
       } else if (!error) {
@@ -595,7 +597,7 @@ asio::awaitable<void> HttpServer::State::accept_loop(std::shared_ptr<bool>) {
     } catch (const std::bad_alloc&) {
       rest = true;
     }
-    // Out of descriptors or memory, or a client that left early: wait for some to be given back.
+    // Out of descriptors or memory: wait for some to be given back.
     if (rest) {
       pause.expires_after(std::chrono::milliseconds(20));
       co_await pause.async_wait(kAwait);
