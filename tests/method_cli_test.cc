@@ -78,6 +78,23 @@ TEST_F(Method, SearchWritesThePlanAndItsPath) {
   output(args("search", {"-o", path("two.json"), "--keep", "2"}));
   EXPECT_EQ(load_plan_file(path("two.json")).plan, half.plan);
 
+  // Or as far as a budget goes.
+  PlanFile rising = file;
+  rising.settings["all_full_loss"] = 2.0;
+  for (size_t i = 0; i < 3; ++i) rising.steps[i].loss = 2.0 + 0.004 * static_cast<double>(i + 1);
+  save_plan_file(rising, path("rising.json"));
+  const auto within = [&](const std::string& budget) {
+    output({"search", "--take", path("rising.json"), "--budget", budget, "-o", path("taken.json")});
+    return load_plan_file(path("taken.json")).plan;
+  };
+  EXPECT_EQ(within("0.2%"), file.steps[0].plan);
+  EXPECT_EQ(within("0.5%"), file.steps[1].plan);
+  EXPECT_EQ(within("50%"), file.steps[2].plan);
+  const ProgramResult none = run_program(
+      {"search", "--take", path("rising.json"), "--budget", "0.1%", "-o", path("taken.json")});
+  expect_failure(none, 1);
+  EXPECT_NE(none.err.find("0.1%"), std::string::npos) << none.err;
+
   // Other commands take it, and its loss is the one that they measure.
   const Json eval =
       parse_json(output(args("eval", {"--plans", path("plan.json") + ",1/2", "--json"})), "stdout");

@@ -151,27 +151,50 @@ struct Watcher {
   }
 };
 
-// A plan at another retention, from the path of a search that is done.
-int take(const SearchFlags& flags) {
-  PlanFile file = load_plan_file(flags.take);
+// How many steps of a path lead to the plan that is wanted.
+size_t steps_to(const PlanFile& file, const SearchFlags& flags) {
   const int num_layers = static_cast<int>(file.plan.size());
-  const int wanted = full_layers_of(flags.keep.empty() ? "1/4" : flags.keep, num_layers);
-  size_t end = 0;
-  while (end < file.steps.size() &&
-         plan_from_string(file.steps[end].plan, num_layers, flags.take).num_full() != wanted)
-    ++end;
-  if (end == file.steps.size()) {
+  const auto num_full = [&](size_t step) {
+    return plan_from_string(file.steps[step].plan, num_layers, flags.take).num_full();
+  };
+  const int wanted = full_layers_of(!flags.keep.empty()    ? flags.keep
+                                    : flags.budget.empty() ? "1/4"
+                                                           : "1",
+                                    num_layers);
+  size_t count = 0;
+  if (!flags.budget.empty()) {
+    const double all_full =
+        JsonObject(file.settings, flags.take + ": \"settings\"").number("all_full_loss");
+    const double most = all_full * (1 + budget_of(flags.budget));
+    while (count < file.steps.size() && file.steps[count].loss <= most && num_full(count) >= wanted)
+      ++count;
+    if (count == 0) {
+      fail("{}: no step is within --budget {}: the first has {:.6f} nats/token, all full {:.6f}",
+           printable(flags.take, 400), flags.budget,
+           file.steps.empty() ? all_full : file.steps[0].loss, all_full);
+    }
+    return count;
+  }
+  while (count < file.steps.size() && num_full(count) != wanted) ++count;
+  if (count == file.steps.size()) {
     fail("{}: \"steps\" has no plan with {} full layers of {}", printable(flags.take, 400), wanted,
          num_layers);
   }
-  file.plan = file.steps[end].plan;
-  file.steps.resize(end + 1);
-  file.settings["taken_at"] = wanted;
-  file.settings["loss"] = file.steps[end].loss;
+  return count + 1;
+}
+
+// A plan at another retention, from the path of a search that is done.
+int take(const SearchFlags& flags) {
+  PlanFile file = load_plan_file(flags.take);
+  file.steps.resize(steps_to(file, flags));
+  file.plan = file.steps.back().plan;
+  const auto num_full = std::count(file.plan.begin(), file.plan.end(), 'F');
+  file.settings["taken_at"] = num_full;
+  file.settings["loss"] = file.steps.back().loss;
   for (const char* key : {"swaps", "compared", "keep", "budget"}) file.settings.erase(key);
   save_plan_file(file, flags.output);
-  fmt::print("{}: plan {} ({} full of {}), {:.6f} nats/token\n", flags.output, file.plan, wanted,
-             num_layers, file.steps[end].loss);
+  fmt::print("{}: plan {} ({} full of {}), {:.6f} nats/token\n", flags.output, file.plan, num_full,
+             file.plan.size(), file.steps.back().loss);
   return 0;
 }
 
