@@ -76,6 +76,30 @@ std::string command_of(const Json& json) {
   return "<pre>" + html_escape(json.at("command").get<std::string>()) + "</pre>\n";
 }
 
+// Made again from the settings: a plan file is the same whether its search was cut off or not, so
+// it does not hold the command.
+std::string search_command(const Json& settings) {
+  const Json data = settings.value("data", Json::object());
+  if (!data.is_object() || !data.contains("files") || !data.at("files").is_array()) return "";
+  std::string out = "indexcache search -m MODEL";
+  for (const Json& file : data.at("files"))
+    out += " -f " + (file.is_string() ? file.get<std::string>() : file.dump());
+  const auto flag = [&](const char* name, const Json& from, const char* key) {
+    if (from.contains(key) && from.at(key).is_number())
+      out += fmt::format(" {} {}", name, from.at(key).dump());
+  };
+  flag("--seq", data, "sequence_tokens");
+  flag("--tokens", data, "tokens");
+  flag("--seed", data, "seed");
+  flag("--keep", settings, "keep");
+  if (settings.contains("budget") && settings.at("budget").is_number())
+    out += fmt::format(" --budget {:g}%", 100 * settings.at("budget").get<double>());
+  if (settings.contains("confidence")) out += " --fast";
+  flag("--confidence", settings, "confidence");
+  if (settings.value("refine", Json()) == true) out += " --refine";
+  return "<pre>" + html_escape(out + " -o PLAN") + "</pre>\n";
+}
+
 struct Path {
   PlanFile file;
   std::string where;
@@ -141,7 +165,7 @@ std::string search_section(const Path& path) {
   out += "<details><summary>Settings</summary><pre>" +
          html_escape(path.file.settings.dump(2, ' ', false, Json::error_handler_t::replace)) +
          "</pre></details>\n";
-  return out;
+  return out + search_command(path.file.settings);
 }
 
 // The groups that a plan makes of the layers that were measured: a full layer and the shared ones
@@ -326,7 +350,8 @@ std::string bench_section(const ReportPart& part) {
   }
   LineChart chart{"context, tokens", "prefill, s", {}};
   for (auto& [plan, series] : prefill) chart.series.push_back(series);
-  return "<h2>Speed</h2>\n" + line_chart(chart) + table(rows);
+  return "<h2>Speed</h2>\n" + line_chart(chart) + table(rows) +
+         (part.json.empty() ? "" : command_of(part.json[0]));
 }
 
 bool has(const Json& json, const char* key) { return json.is_object() && json.contains(key); }

@@ -22,6 +22,7 @@
 #include "base/progress.h"
 #include "cli/options.h"
 #include "cli/report.h"
+#include "cli/report_page.h"
 #include "cli/shape_flags.h"
 #include "device/gpus.h"
 
@@ -358,6 +359,13 @@ Json rows_json(const BenchResult& result) {
   return rows;
 }
 
+// With the command, for the report.
+Json report_json(const BenchResult& result) {
+  Json rows = rows_json(result);
+  for (Json& row : rows) row["command"] = command_line();
+  return rows;
+}
+
 std::string rows_csv(const BenchResult& result) {
   std::string out;
   for (const Json& row : rows_json(result)) {
@@ -500,7 +508,7 @@ int bench(BenchFlags flags) {
     bench_plan(source, flags, options, &result);
   }
   if (!flags.ops_output.empty()) write_text_file(flags.ops_output, ops_csv(result));
-  const std::string text = flags.json  ? rows_json(result).dump(2) + "\n"
+  const std::string text = flags.json  ? report_json(result).dump(2) + "\n"
                            : flags.csv ? rows_csv(result)
                                        : rows_text(result);
   if (!flags.output.empty()) {

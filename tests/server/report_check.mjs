@@ -52,6 +52,10 @@ try {
       check(charts.length === 4, "charts of search, overlap, cost and speed", charts);
       for (const chart of charts) check(chart.width > 100 && chart.marks > 5, "a chart is drawn", chart);
       check((await page.locator("table tr").count()) > 6, "tables");
+      const commands = (await page.locator("pre").allTextContents()).join("\n");
+      for (const name of ["search", "overlap", "eval", "bench"]) {
+        check(commands.includes(`indexcache ${name} -m `), "the command that made it", name, commands);
+      }
       const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
       check(overflow <= 0, "the page is not wider than the window", width, overflow);
       const colours = await page.locator("h1, h2, p, td, th").evaluateAll((all) => all.map((element) => {
