@@ -371,8 +371,8 @@ double Run::step(Progress& progress) {
   tokens_here_ += step_tokens;
   const double rate = static_cast<double>(tokens_here_) / (monotonic_seconds() - started_);
   if (step_ % options_.log_every == 0 || step_ == options_.steps) {
-    log_.add({step_, tokens_, row_tokens, options_.lr * factor, loss, indexer_loss, gradient_norm,
-              rate});
+    const double lr = trains_language_model() ? options_.lr : options_.indexer_lr;
+    log_.add({step_, tokens_, row_tokens, lr * factor, loss, indexer_loss, gradient_norm, rate});
   }
   std::string losses = trains_language_model() ? fmt::format("loss {:.4f}, ", loss) : "";
   if (options_.stage != Stage::kPretrain)
