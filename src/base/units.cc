@@ -2,8 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
+
+#include "base/cgroup.h"
 
 namespace indexcache {
 
@@ -44,7 +47,9 @@ uint64_t proc_kilobytes(const char* file, const std::string& name) {
 
 uint64_t peak_rss_bytes() { return proc_kilobytes("/proc/self/status", "VmHWM"); }
 uint64_t file_rss_bytes() { return proc_kilobytes("/proc/self/status", "RssFile"); }
-uint64_t available_memory_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable"); }
+uint64_t available_memory_bytes() {
+  return std::min(proc_kilobytes("/proc/meminfo", "MemAvailable"), cgroup_room_bytes());
+}
 
 double monotonic_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
