@@ -47,6 +47,12 @@ std::vector<Case> checkpoint_cases() {
        {kEmbedding, "[256, 512]", "[512, 256]"},
        Use::kBoth},
       {"10 hidden size", config("hidden_size", 257), {"257", "256"}, Use::kBoth},
+      {"91 NaN",
+       scale("model.norm.weight", NAN),
+       {"model.norm.weight", "element 0"},
+       Use::kRun,
+       Base::kPlain,
+       {"--check-tensors", "-p", "x"}},
       {"11 many tensors",
        [](const Model& m) {
          std::string text = "{";
