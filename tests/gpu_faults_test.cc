@@ -1,4 +1,4 @@
-// What goes wrong on a GPU while it serves. Needs a real one.
+// What goes wrong on a GPU while it serves. Most of it needs a real one.
 #include <gtest/gtest.h>
 
 #include "ops/kit/test_device.h"
@@ -29,6 +29,18 @@ std::vector<CudaMemory> take_memory() {
 
 #define SKIP_WITHOUT_GPU() \
   if (kCudaIsEmulated || !can_run(Device::kCuda)) GTEST_SKIP() << "needs a GPU"
+
+TEST(GpuFaults, DeterministicIsRefused) {
+  if (!can_run(Device::kCuda)) GTEST_SKIP() << "needs a GPU, or its emulation";
+  const ModelSource source = small_model("FFSFS");
+  Engine engine(source, gpu_options());
+  try {
+    const Scheduler scheduler(engine, {.deterministic = true});
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("--device cpu"), std::string::npos) << error.what();
+  }
+}
 
 TEST(GpuFaults, MemoryTakenBeforeTheStartIsSaid) {
   SKIP_WITHOUT_GPU();

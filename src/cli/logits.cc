@@ -45,7 +45,7 @@ int logits(const LogitsFlags& flags) {
   const int64_t S = static_cast<int64_t>(tokens.size());
   if (options.context == 0) options.context = S + flags.greedy;
   Engine engine(source, options);
-  engine.exec.batch_invariant = flags.deterministic;
+  if (flags.deterministic) make_batch_invariant(engine);
   check_room_for_output(engine.model, S);
   const ModelConfig& config = engine.model.config;
   const int64_t V = config.vocab_size, H = config.hidden_size, k = config.indexer.index_topk;

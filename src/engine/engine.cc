@@ -307,4 +307,12 @@ GenerateResult generate(Engine& engine, SequenceCache& sequence, std::span<const
   return result;
 }
 
+void make_batch_invariant(Engine& engine) {
+  if (engine.exec.device == Device::kCuda)
+    fail(
+        "--deterministic with --device cuda: products on a GPU depend on what else is in the "
+        "batch, expected --device cpu");
+  engine.exec.batch_invariant = true;
+}
+
 }  // namespace indexcache

@@ -109,6 +109,10 @@ CacheTypes cache_types(const ModelConfig& config, Compute compute, const RunOpti
 MemoryPlan plan_memory(const ModelConfig& config, const std::vector<TensorSpec>& specs,
                        const IndexPlan& plan, Compute compute, const RunOptions& options);
 
+// From now on the bits of a token do not depend on what it is computed with. Error on a GPU, whose
+// products choose their kernel by the number of rows.
+void make_batch_invariant(Engine& engine);
+
 // Whether step number `step` of decoding is one whose parts are timed. On a GPU a timed step is not
 // a recorded graph and takes longer, so one in kTimedSteps stands for all.
 inline constexpr int64_t kTimedSteps = 16;

@@ -198,7 +198,8 @@ double Scheduler::State::retry_after_seconds() const {
 
 Scheduler::Scheduler(Engine& engine, const SchedulerOptions& options) {
   check_options(options);
-  engine.exec.batch_invariant = options.deterministic;
+  engine.exec.batch_invariant = false;  // as the scheduler before may have left it
+  if (options.deterministic) make_batch_invariant(engine);
   state_ = std::make_unique<State>(engine, options);
   state_->thread = std::thread([state = state_.get()] { state->run(); });
 }

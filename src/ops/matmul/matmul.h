@@ -19,8 +19,8 @@
 // one instruction, 32 products and the sum so far, 13 bits below the largest, so that a sum may be
 // off by 5 * 33 * 2^-13 of the largest product of its block of 128 besides. Edge cases: m = 0
 // writes nothing; k = 0 writes zeros (or leaves y with `accumulate`); NaN and infinity propagate.
-// With Exec::batch_invariant a row of y depends on its row of x alone, bit for bit, and not on m or
-// the other groups. Cost: 2 m n k flops; m k + n k + m n elements.
+// With Exec::batch_invariant on a CPU a row of y depends on its row of x alone, bit for bit, and
+// not on m or the other groups. Cost: 2 m n k flops; m k + n k + m n elements.
 #pragma once
 
 #include <span>
