@@ -1,9 +1,11 @@
 // What clients do wrong, on real sockets. After each fault a good request gets the same bytes as
 // before it.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <cstring>
 #include <fstream>
+#include <optional>
 
 #include "server/server_test_kit.h"
 
@@ -142,15 +144,105 @@ TEST_F(HttpFaults, BodiesCutShort) {
   }
 }
 
+// Whoever has been silent the longest makes room.
 TEST_F(HttpFaults, ManyIdleConnections) {
   std::vector<std::unique_ptr<RawClient>> idle;
-  for (int i = 0; i < 60; ++i) idle.push_back(std::make_unique<RawClient>(server_.http.port()));
+  for (int i = 0; i < 60; ++i) {
+    idle.push_back(std::make_unique<RawClient>(server_.http.port()));
+    if (i == 0) {  // between two requests is idle too
+      idle[0]->send(kGood);
+      EXPECT_EQ(status_of(idle[0]->receive()), 200);
+    }
+  }
   RawClient late(server_.http.port());
   late.send(kGood);
-  EXPECT_EQ(status_of(late.receive(3)), 503);
-  idle.clear();
-  for (int i = 0; i < 100 && status_of(server_.ask(kGood)) != 200; ++i)
+  EXPECT_EQ(without_ids(body_of(late.receive())), good_);
+  for (size_t i = 0; i <= 10; ++i) EXPECT_TRUE(idle[i]->closed_by_peer(1)) << i;
+  for (size_t i = 11; i < 60; ++i) {
+    idle[i]->send(get("/health"));
+    EXPECT_EQ(status_of(idle[i]->receive()), 200) << i;
+  }
+}
+
+AppOptions with_connections(int64_t connections) {
+  AppOptions options;
+  options.limits.connections = connections;
+  options.limits.header_seconds = options.limits.idle_seconds = 600;
+  return options;
+}
+
+TEST(HttpServer, BusyConnectionsAreNotClosedForOthers) {
+  TestServer server(with_connections(20));
+  std::vector<std::unique_ptr<RawClient>> busy;
+  for (int i = 0; i < 20; ++i) {
+    busy.push_back(std::make_unique<RawClient>(server.http.port()));
+    busy.back()->send(kGood.substr(0, 1));
+  }
+  const std::string refused = server.ask(get("/health"));
+  EXPECT_EQ(status_of(refused), 503);
+  EXPECT_NE(refused.find("too_many_connections"), std::string::npos) << refused;
+  EXPECT_NE(refused.find("\r\nRetry-After: 1\r\n"), std::string::npos) << refused;
+  for (const auto& client : busy) {
+    client->send(kGood.substr(1));
+    EXPECT_EQ(status_of(client->receive()), 200);
+  }
+  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+}
+
+// Lowers how many files this process may open, for as long as it lives.
+class FewDescriptors {
+ public:
+  explicit FewDescriptors(rlim_t count) {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit few = {count, before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &few);
+  }
+  ~FewDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+  FewDescriptors(const FewDescriptors&) = delete;
+  FewDescriptors& operator=(const FewDescriptors&) = delete;
+
+ private:
+  rlimit before_ = {};
+};
+
+TEST(HttpServer, ConnectionsFitUnderTheLimitOfOpenFiles) {
+  testing::internal::CaptureStderr();
+  std::optional<FewDescriptors> few(40);
+  TestServer server(with_connections(1024));
+  few.reset();
+  const std::string log = testing::internal::GetCapturedStderr();
+  EXPECT_NE(log.find("at most 20 connections, not 1024"), std::string::npos) << log;
+  std::vector<std::unique_ptr<RawClient>> busy;
+  for (int i = 0; i < 20; ++i) {
+    busy.push_back(std::make_unique<RawClient>(server.http.port()));
+    busy.back()->send("G");
+  }
+  EXPECT_EQ(status_of(server.ask(kGood)), 503);
+  busy.pop_back();
+  for (int i = 0; i < 500 && status_of(server.ask(kGood)) != 200; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(status_of(server.ask(kGood)), 200);
+}
+
+// The rest of the program may have taken them all.
+TEST(HttpServer, IdleConnectionsGiveUpTheLastDescriptors) {
+  TestServer server(with_connections(1024));
+  RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
+  for (RawClient* client : {&first, &second, &third}) {
+    client->send(kGood);
+    EXPECT_EQ(status_of(client->receive()), 200);
+  }
+  const int next = dup(STDERR_FILENO);
+  close(next);
+  const FewDescriptors few(static_cast<rlim_t>(next) + 1);
+  RawClient late(server.http.port());
+  late.send(kGood);
+  EXPECT_EQ(status_of(late.receive()), 200);
+  // One for the new connection, and one that accept() wants before it looks for the next.
+  EXPECT_TRUE(first.closed_by_peer());
+  EXPECT_TRUE(second.closed_by_peer());
+  third.send(kGood);
+  EXPECT_EQ(status_of(third.receive()), 200);
 }
 
 TEST_F(HttpFaults, KeepAliveAndPipelining) {

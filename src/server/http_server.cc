@@ -2,6 +2,7 @@
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 #include <boost/beast/http/read.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
+#include <list>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -56,6 +58,8 @@ constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 // How often a waiting request looks whether its client is still there.
 constexpr auto kPresenceCheck = std::chrono::milliseconds(200);
 constexpr uint64_t kSmallBody = 64 << 10;
+// Descriptors that are left to the rest of the program, or half of them where there are few.
+constexpr rlim_t kOwnDescriptors = 64;
 
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
@@ -82,6 +86,20 @@ struct Bell {
   asio::steady_timer timer;
   std::atomic<bool> rung{false};
 };
+
+// One of those that are open. It is idle while no byte of its next request has come, and when none
+// is to come any more.
+struct Connection {
+  beast::tcp_stream* stream;
+  bool idle = false, displaced = false;
+};
+
+int64_t descriptors_for_connections() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return INT64_MAX;
+  const rlim_t left = limit.rlim_cur - std::min(limit.rlim_cur / 2, kOwnDescriptors);
+  return static_cast<int64_t>(std::clamp<rlim_t>(left, 1, INT64_MAX));
+}
 
 // A part of what all bodies together may take, given back at its end.
 class BodyShare {
@@ -116,8 +134,11 @@ struct HttpServer::State {
   App& app;
   HttpServerOptions options;
   bool loopback = true;
-  std::atomic<int64_t> connections{0}, answering{0};
-  uint64_t bodies_bytes = 0;  // that bodies may take which are here; of the server's thread
+  std::atomic<int64_t> answering{0};
+  int64_t connections_limit = 0;
+  std::list<Connection> connections;  // the idle ones in the order in which they became so
+  int64_t num_connections = 0;        // without those displaced; both of the server's thread
+  uint64_t bodies_bytes = 0;          // that bodies may take which are here; of the server's thread
   std::atomic<bool> stopping{false};
   asio::io_context io{1};  // its end is the end of the connections, which use what stands above
   asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
@@ -131,6 +152,7 @@ struct HttpServer::State {
 
   void run();
   asio::awaitable<void> accept_loop(std::shared_ptr<bool> alive);
+  bool displace_longest_idle();
   void turn_away(tcp::socket socket);
   asio::awaitable<void> serve(beast::tcp_stream stream);
 
@@ -398,7 +420,26 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     Count(const Count&) = delete;
     Count& operator=(const Count&) = delete;
   };
-  const Count connection(connections);
+  struct Place {
+    State& state;
+    std::list<Connection>::iterator at;
+    Place(State& state_, beast::tcp_stream& stream_)
+        : state(state_), at(state.connections.insert(state.connections.end(), {&stream_})) {
+      ++state.num_connections;
+    }
+    ~Place() {
+      if (!at->displaced) --state.num_connections;
+      state.connections.erase(at);
+    }
+    void begin_idle() const {
+      at->idle = true;
+      state.connections.splice(state.connections.end(), state.connections, at);
+    }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+  };
+  const Place place(*this, stream);
+  Connection& connection = *place.at;
   error_code ignored;
   stream.socket().set_option(tcp::no_delay(true), ignored);
   const auto endpoint = stream.socket().remote_endpoint(ignored);
@@ -410,9 +451,11 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     parser.body_limit(limits().body_bytes);
     // The first byte may take its time; the rest of the header may not.
     if (buffer.size() == 0) {
+      place.begin_idle();
       stream.expires_after(milliseconds(limits().idle_seconds));
       const auto [error, bytes] = co_await stream.async_read_some(buffer.prepare(4096), kAwait);
-      if (error) break;
+      connection.idle = false;
+      if (error || connection.displaced) co_return;
       buffer.commit(bytes);
     }
     stream.expires_after(milliseconds(limits().header_seconds));
@@ -541,12 +584,28 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
   }
   // What the client still sends is taken for a moment, or the reset would eat the answer.
   stream.socket().shutdown(tcp::socket::shutdown_send, ignored);
+  place.begin_idle();
   stream.expires_after(std::chrono::milliseconds(200));
   char rest[4096];
   for (int i = 0; i < 64; ++i) {
     const auto [error, bytes] = co_await stream.async_read_some(asio::buffer(rest), kAwait);
     if (error) break;
   }
+}
+
+// Makes room for another. False if all are busy.
+bool HttpServer::State::displace_longest_idle() {
+  for (Connection& connection : connections) {
+    error_code ignored;
+    // What has come and is not read yet is a request too.
+    if (!connection.idle || connection.stream->socket().available(ignored) > 0) continue;
+    connection.idle = false;
+    connection.displaced = true;
+    --num_connections;
+    connection.stream->close();
+    return true;
+  }
+  return false;
 }
 
 // Connections over the limit hear of it, if that can be done at once.
@@ -587,7 +646,9 @@ asio::awaitable<void> HttpServer::State::accept_loop(std::shared_ptr<bool>) {
       auto [error, socket] = co_await acceptor.async_accept(kAwait);
       if (error == asio::error::operation_aborted) co_return;
       rest = static_cast<bool>(error);
-      if (!error && connections >= limits().connections) {
+      if (error == asio::error::no_descriptors) {  // of which accept() wants one to look at all
+        displace_longest_idle();
+      } else if (!error && num_connections >= connections_limit && !displace_longest_idle()) {
         turn_away(std::move(socket));
       } else if (!error) {
         asio::co_spawn(io, serve(beast::tcp_stream(std::move(socket))), asio::detached);
@@ -611,6 +672,14 @@ HttpServer::HttpServer(App& app, const HttpServerOptions& options)
   const auto address = asio::ip::make_address(host, error);
   if (error) fail("--host {}: expected an IP address or localhost", printable(options.host));
   s.loopback = address.is_loopback();
+  const int64_t wanted = s.limits().connections;
+  s.connections_limit = std::min(wanted, descriptors_for_connections());
+  if (s.connections_limit < wanted) {
+    s.log(event_line(options.log, "connections",
+                     fmt::format("at most {} connections, not {}: the limit of open files "
+                                 "(ulimit -n) allows no more",
+                                 s.connections_limit, wanted)));
+  }
   const tcp::endpoint endpoint(address, options.port);
   s.acceptor.open(endpoint.protocol(), error);
   if (!error) s.acceptor.set_option(asio::socket_base::reuse_address(true), error);

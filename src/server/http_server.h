@@ -3,7 +3,8 @@
 //
 // Rules: one thread for all connections, one more for parsing and tokenizing bodies. A request
 // header, a body and the client's reading each have a deadline; headers, bodies and the number of
-// connections have limits. Both Content-Length and Transfer-Encoding in one request, folded or
+// connections have limits. Where there is no room for another connection, the one that has been
+// idle the longest is closed, and if all are busy the new one gets 503. Both Content-Length and Transfer-Encoding in one request, folded or
 // repeated framing headers and bytes that are not HTTP are 400 and the end of the connection.
 // A client that closes its side is gone: its request is cancelled.
 #pragma once
