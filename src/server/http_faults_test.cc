@@ -433,7 +433,7 @@ TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
   TestServer server(options);
   const std::string before = without_ids(body_of(server.ask(kGood)));
   const std::string head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n";
-  const std::string whole = R"({"prompt": ")" + std::string((1 << 20) - 14, 'a') + "\"}";
+  const std::string whole = R"({"prompt": "a")" + std::string((1 << 20) - 15, ' ') + "}";
   ASSERT_EQ(whole.size(), size_t{1} << 20);
   RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
   first.send(head + "Content-Length: 1048576\r\n\r\n");
@@ -452,7 +452,39 @@ TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
   EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before);
 }
 
-// Bodies of others are read and cut into tokens meanwhile, one after the other.
+// Each kind of request that takes longer has a thread of its own: while the thread of one is kept,
+// the others are answered. A single thread would answer none of them.
+TEST(HttpServer, CompletionsAndLongBodiesDoNotWaitForEachOther) {
+  TestServer server;
+  const std::string before = without_ids(body_of(server.ask(kGood)));
+  const size_t most = 4096 * byte_model(nullptr)->longest_token;
+  const std::string largest = post("/tokenize", R"({"prompt": ")" + std::string(most, 'a') + "\"}");
+  const std::string large = post("/v1/completions", R"({"prompt": "hello", "temperature": 0)" +
+                                                        std::string(1 << 20, ' ') + "}");
+  const std::string large_and_wrong =
+      post("/v1/completions",
+           R"({"prompt": "hello", "temperature": 3)" + std::string(1 << 20, ' ') + "}");
+  const std::string small_and_wrong = post("/v1/completions", "{}");
+  const auto expect_answers_beside = [&](const std::string& kept,
+                                         const std::vector<std::pair<std::string, int>>& others) {
+    const int64_t num_submits = server.generator.num_submits;
+    RawClient client(server.http.port());
+    {
+      const std::lock_guard closed(server.generator.gate);
+      client.send(kept);
+      for (int i = 0; i < 1000 && server.generator.num_submits == num_submits; ++i)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      ASSERT_EQ(server.generator.num_submits, num_submits + 1);
+      for (const auto& [request, status] : others)
+        EXPECT_EQ(status_of(server.ask(request)), status) << request.substr(0, 100);
+    }
+    EXPECT_EQ(without_ids(body_of(client.receive())), before);
+  };
+  expect_answers_beside(kGood, {{largest, 200}, {large_and_wrong, 400}});
+  expect_answers_beside(large, {{largest, 200}, {small_and_wrong, 400}});
+}
+
+// Bodies of others are read and cut into tokens meanwhile.
 TEST(HttpServer, HealthWaitsForNoBody) {
   TestServer server;
   RawClient busy(server.http.port());

@@ -129,7 +129,7 @@ class BodyShare {
 
 struct HttpServer::State {
   State(App& app_, const HttpServerOptions& options_)
-      : app(app_), options(options_), acceptor(io), workers(1) {}
+      : app(app_), options(options_), acceptor(io) {}
 
   App& app;
   HttpServerOptions options;
@@ -144,12 +144,13 @@ struct HttpServer::State {
   asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
   tcp::acceptor acceptor;
   std::weak_ptr<bool> accepting;  // gone with the loop that accepts
-  asio::thread_pool workers;
+  asio::thread_pool worker{1}, long_worker{1}, text_worker{1};
   std::thread thread;
 
   const ServerLimits& limits() const { return app.options().limits; }
   void log(const std::string& line) const { info("{}", line); }
 
+  asio::thread_pool& worker_for(const HttpRequest& request);
   void run();
   asio::awaitable<void> accept_loop(std::shared_ptr<bool> alive);
   bool displace_longest_idle();
@@ -379,7 +380,7 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
         }
         co_return;
       };
-      co_await asio::co_spawn(workers, build, asio::use_awaitable);
+      co_await asio::co_spawn(worker, build, asio::use_awaitable);
       const AnswerNote note = exchange.note();
       const bool open = co_await send(stream, head, response, note);
       co_return open;
@@ -411,6 +412,13 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
 }
 
 // --- connections ---
+
+// Seconds of work on a long body, or on a text from which nothing is generated, are before no
+// request that a client waits for token by token.
+asio::thread_pool& HttpServer::State::worker_for(const HttpRequest& request) {
+  if (!App::generates(request.path)) return text_worker;
+  return request.body.size() > kSmallBody ? long_worker : worker;
+}
 
 asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
   struct Count {
@@ -566,7 +574,7 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       co_return;
     };
     if (head.request.method == "POST") {
-      co_await asio::co_spawn(workers, handle, asio::use_awaitable);
+      co_await asio::co_spawn(worker_for(head.request), handle, asio::use_awaitable);
     } else {
       co_await handle();
     }
@@ -715,7 +723,7 @@ void HttpServer::stop(double timeout_seconds) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   s.io.stop();
   s.thread.join();
-  s.workers.join();
+  for (asio::thread_pool* pool : {&s.worker, &s.long_worker, &s.text_worker}) pool->join();
 }
 
 }  // namespace indexcache
