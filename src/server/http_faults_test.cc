@@ -321,7 +321,10 @@ TEST_F(HttpFaults, QueueFull) {
 
 TEST_F(HttpFaults, NoMemoryForTheThirdAnswer) {
   server_.generator.until_bad_alloc = 2;
-  expect_error(post("/v1/completions", R"({"prompt": [0], "n": 3})"), 503);
+  const std::string answer = server_.ask(post("/v1/completions", R"({"prompt": [0], "n": 3})"));
+  EXPECT_EQ(status_of(answer), 503) << answer;
+  EXPECT_NE(answer.find("out_of_memory"), std::string::npos) << answer;
+  EXPECT_NE(answer.find("Retry-After: 1\r\n"), std::string::npos) << answer;
   EXPECT_EQ(server_.generator.stats().running, 0);  // none of the two is left behind
   EXPECT_EQ(server_.generator.stats().cancelled, 2);
 }
@@ -337,7 +340,10 @@ TEST_F(HttpFaults, PoisonedRequestFailsAlone) {
 TEST(HttpServer, FaultTurnsHealthTo503) {
   TestServer server;
   EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
-  EXPECT_EQ(status_of(server.ask(post("/v1/completions", R"({"prompt": [2]})"))), 503);
+  const std::string answer = server.ask(post("/v1/completions", R"({"prompt": [2]})"));
+  EXPECT_EQ(status_of(answer), 503);
+  EXPECT_NE(answer.find("\"engine_fault\""), std::string::npos) << answer;
+  EXPECT_EQ(answer.find("Retry-After"), std::string::npos) << "this program cannot help any more";
   const std::string health = server.ask(get("/health"));
   EXPECT_EQ(status_of(health), 503);
   EXPECT_NE(health.find("the test broke it"), std::string::npos);

@@ -65,7 +65,11 @@ std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
 }
 
-ApiError out_of_memory() { return {503, "out of memory", {}, "out_of_memory"}; }
+ApiError out_of_memory() {
+  ApiError error(503, "out of memory", {}, "out_of_memory");
+  error.retry_after_seconds = 1;
+  return error;
+}
 
 const char* reason_phrase(int status) {
   return http::obsolete_reason(static_cast<http::status>(status)).data();
