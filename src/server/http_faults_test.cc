@@ -50,15 +50,20 @@ class HttpFaults : public ::testing::Test {
     EXPECT_EQ(good(), good_) << "after " << request.substr(0, 200);
   }
 
-  // Refused, and what follows is not taken for a request.
-  void expect_no_second_answer(const std::string& request) {
+  // Refused, and what follows is not taken for a request: nobody knows where it would begin.
+  void expect_last_error(const std::string& request, int status) {
+    const std::string shown = request.substr(0, 200);
     RawClient client(server_.http.port());
-    client.send(request);
+    client.send(request + get("/health"));
     const std::string answer = client.receive(5);
-    EXPECT_EQ(status_of(answer), 400) << request << answer;
-    EXPECT_EQ(client.receive(1), "") << request;
-    EXPECT_TRUE(client.closed_by_peer()) << request;
-    EXPECT_EQ(good(), good_) << "after " << request;
+    ASSERT_EQ(status_of(answer), status) << shown << "\n" << answer;
+    EXPECT_NE(answer.find("\r\nConnection: close\r\n"), std::string::npos) << shown << answer;
+    const Json body = parse_json(body_of(answer), "answer");
+    for (const char* field : {"message", "type", "param", "code"})
+      EXPECT_TRUE(body["error"].contains(field)) << answer;
+    EXPECT_EQ(client.receive(1), "") << shown;
+    EXPECT_TRUE(client.closed_by_peer()) << shown;
+    EXPECT_EQ(good(), good_) << "after " << shown;
   }
 
   TestServer server_{options()};
@@ -80,44 +85,59 @@ TEST_F(HttpFaults, WrongRequests) {
   expect_error("GET /v1/completions" + tail + "\r\n", 405);
   expect_error("DELETE /v1/models" + tail + "\r\n", 405);
   expect_error("OPTIONS /v1/completions" + tail + "\r\n", 405);
-  expect_error("nonsense\r\n\r\n", 400);
-  expect_error(std::string("GET /\0x", 7) + tail + "\r\n", 400);
-  expect_error("GET / HTTP/1.1\r\n\r\n", 400);                                // no Host
-  expect_error("GET / HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n", 400);  // two
-  expect_error("GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 400);
-  expect_error("GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403);
   expect_error("GET /" + tail + "Origin: https://evil.example\r\n\r\n", 403);
+  expect_error("GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403);
   expect_error("POST /v1/completions" + tail + "\r\n", 400);  // no body
-  expect_error("POST /v1/completions" + tail + "Content-Length: -5\r\n\r\n", 400);
-  expect_error("POST /v1/completions" + tail + "Content-Length: 5x\r\n\r\n", 400);
-  expect_error("POST /v1/completions" + tail + "Content-Length: 99999999999\r\n\r\n", 413);
-  expect_error(
-      "POST /v1/completions" + tail +
-          "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-      400);
-  // A proxy might see a body where the server would see a second request.
-  for (const char* coding : {"xchunked", "chunked, identity", "gzip, chunked", "identity",
-                             "chunked\r\nTransfer-Encoding: chunked", "\r\n xchunked", ""})
-    expect_no_second_answer("POST /v1/completions" + tail + "Transfer-Encoding: " + coding +
-                            "\r\n\r\n0\r\n\r\n" + get("/health"));
-  expect_no_second_answer(
-      "POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" +
-      get("/health"));
-  expect_error("POST /v1/completions" + tail + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
-               400);
-  expect_error("POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400);
-  expect_error(
-      "POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\nabc", 413);
-  expect_error(
-      "POST /v1/completions" + tail + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415);
-  expect_error("GET /" + tail + "X: " + std::string(10 << 20, 'x') + "\r\n\r\n", 431);
-  std::string many;
-  for (int i = 0; i < 100000; ++i) many += "a: b\r\n";
-  expect_error("GET /" + tail + many + "\r\n", 431);
   expect_error(post("/v1/completions", "{\"prompt\": "), 400);
   expect_error(post("/v1/chat/completions", "{}"), 400);
   expect_error(post("/tokenize", "{}"), 400);
   expect_error(post("/detokenize", R"({"tokens": [-1]})"), 400);
+}
+
+TEST_F(HttpFaults, WrongFramingEndsTheConnection) {
+  const std::string tail = " HTTP/1.1\r\nHost: localhost\r\n", head = "POST /v1/completions" + tail;
+  expect_last_error("nonsense\r\n\r\n", 400);
+  expect_last_error(std::string("GET /\0x", 7) + tail + "\r\n", 400);
+  expect_last_error("GET / HTTP/1.1\r\n\r\n", 400);                                // no Host
+  expect_last_error("GET / HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n", 400);  // two
+  expect_last_error("GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: -5\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: 5x\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: 99999999999\r\n\r\n", 413);
+  expect_last_error(head + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd", 400);
+  expect_last_error(head + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400);
+  // A proxy might see a body where the server would see a second request.
+  for (const char* coding : {"xchunked", "chunked, identity", "gzip, chunked", "identity",
+                             "chunked\r\nTransfer-Encoding: chunked", "\r\n xchunked", ""})
+    expect_last_error(head + "Transfer-Encoding: " + coding + "\r\n\r\n0\r\n\r\n", 400);
+  expect_last_error("POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                    400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n-1\r\nabc", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\nabc", 413);
+  // The limit of 1 MiB is that of all chunks together.
+  std::string chunks;
+  for (int i = 0; i <= (1 << 20) / 64; ++i) chunks += "40\r\n" + std::string(64, ' ') + "\r\n";
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n" + chunks, 413);
+  expect_last_error(head + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415);
+  expect_last_error("GET /" + tail + "X: " + std::string(10 << 20, 'x') + "\r\n\r\n", 431);
+  std::string many;
+  for (int i = 0; i < 100000; ++i) many += "a: b\r\n";
+  expect_last_error("GET /" + tail + many + "\r\n", 431);
+}
+
+TEST_F(HttpFaults, ChunkedBodies) {
+  const std::string body = body_of(kGood);
+  std::string chunks = fmt::format("{:X};name=value\r\n{}\r\n", 10, body.substr(0, 10));
+  for (const char c : body.substr(10)) chunks += fmt::format("1\r\n{}\r\n", c);
+  RawClient client(server_.http.port());
+  for (const char* end : {"0\r\n\r\n", "0\r\nA-Trailer: x\r\n\r\n"}) {
+    client.send(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" +
+        chunks + end);
+    EXPECT_EQ(without_ids(body_of(client.receive())), good_) << end;
+  }
 }
 
 TEST_F(HttpFaults, SlowClients) {
@@ -129,6 +149,19 @@ TEST_F(HttpFaults, SlowClients) {
   EXPECT_TRUE(slow_body.closed_by_peer(3));
   RawClient silent(server_.http.port());
   EXPECT_TRUE(silent.closed_by_peer(6));
+}
+
+// Each byte comes in time, but the header does not.
+TEST_F(HttpFaults, DrippingClients) {
+  RawClient client(server_.http.port());
+  client.send("GET /health HTTP/1.1\r\nX: ");
+  int num_bytes = 0;
+  while (num_bytes < 200 && client.send("x") && !client.closed_by_peer(0.01)) {
+    ++num_bytes;
+    EXPECT_EQ(good(), good_);
+  }
+  EXPECT_GT(num_bytes, 2) << "a weak test";
+  EXPECT_LT(num_bytes, 200);  // the deadline is 0.5 s, and 200 bytes take 2 at least
 }
 
 TEST_F(HttpFaults, BodiesCutShort) {
