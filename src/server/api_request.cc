@@ -477,7 +477,9 @@ Json tokenize_answer(const Json& body, const ServedModel& model, const ServerLim
     if (!prompt->is_string()) Fields::wrong("prompt", *prompt, "a string");
     const bool add_special_tokens = fields.boolean("add_special_tokens", true);
     fields.reject_unknown();
-    ids = encode(model, prompt->get<std::string>(), add_special_tokens, "prompt");
+    const std::string& text = prompt->get_ref<const std::string&>();
+    check_bytes(model, text, "prompt");
+    ids = encode(model, text, add_special_tokens, "prompt");
   } else {
     ChatInput input;
     input.unix_time = unix_time;
@@ -488,7 +490,9 @@ Json tokenize_answer(const Json& body, const ServedModel& model, const ServerLim
     }
     fields.ignore({"add_special_tokens"});
     fields.reject_unknown();
-    ids = encode_rendered(model, render_chat(model, std::move(input)));
+    const ChatPrompt rendered = render_chat(model, std::move(input));
+    check_bytes(model, rendered.text, "messages");
+    ids = encode_rendered(model, rendered);
   }
   Json out = {{"count", ids.size()}, {"max_model_len", model.context}, {"tokens", ids}};
   if (with_texts) {
@@ -506,6 +510,12 @@ Json detokenize_answer(const Json& body, const ServedModel& model) {
   fields.reject_unknown();
   if (tokens == nullptr) refuse("tokens", "\"tokens\" is missing");
   if (!tokens->is_array()) Fields::wrong("tokens", *tokens, "an array of token ids");
+  if (static_cast<int64_t>(tokens->size()) > model.context) {
+    throw ApiError(400,
+                   fmt::format("the context holds {} tokens, but \"tokens\" has {}", model.context,
+                               tokens->size()),
+                   "tokens", "context_length_exceeded");
+  }
   const std::vector<int32_t> ids = checked_ids("tokens", *tokens, model);
   return {{"prompt", tokenizer_of(model, "tokens").decode(ids, false)}};
 }

@@ -14,6 +14,9 @@ struct Route {
   const char* method;  // a GET route answers HEAD too
 };
 
+constexpr const char* kCompletions = "/v1/completions";
+constexpr const char* kChatCompletions = "/v1/chat/completions";
+
 constexpr Route kRoutes[] = {
     {"/", "GET"},
     {"/health", "GET"},
@@ -22,8 +25,8 @@ constexpr Route kRoutes[] = {
     {"/v1/models", "GET"},
     {"/tokenize", "POST"},
     {"/detokenize", "POST"},
-    {"/v1/completions", "POST"},
-    {"/v1/chat/completions", "POST"},
+    {kCompletions, "POST"},
+    {kChatCompletions, "POST"},
 };
 
 HttpResponse json_response(const Json& json) {
@@ -71,6 +74,10 @@ std::shared_ptr<const ServedModel> App::ready_model() const {
   ApiError error(503, "the model is being loaded", {}, "loading");
   error.retry_after_seconds = 1;
   throw error;
+}
+
+bool App::generates(const std::string& path) {
+  return path == kCompletions || path == kChatCompletions;
 }
 
 void App::check_head(const HttpRequest& request) const {
@@ -144,7 +151,7 @@ Answer App::handle(const HttpRequest& request, Wake wake) {
     const Json body = parse_body(request.body, options_.limits);
     return {json_response(detokenize_answer(body, *served)), nullptr};
   }
-  return complete(request, path == "/v1/chat/completions", std::move(wake));
+  return complete(request, path == kChatCompletions, std::move(wake));
 }
 
 Answer App::complete(const HttpRequest& request, bool chat, Wake wake) {

@@ -24,6 +24,8 @@ class App {
   // From now on /health says 503 and no request is taken.
   void set_draining() { draining_ = true; }
 
+  static bool generates(const std::string& path);  // tokens, unlike /tokenize
+
   // What can be said before the body is read; throws ApiError.
   void check_head(const HttpRequest& request) const;
   // `wake` is called when an exchange of this answer has something new. Throws ApiError. May be

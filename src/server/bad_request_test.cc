@@ -2,12 +2,15 @@
 // socket, and after each the same good request gets the same bytes.
 #include <gtest/gtest.h>
 
+#include <tuple>
+
 #include "server/server_test_kit.h"
 
 namespace indexcache {
 namespace {
 
-const std::string kCompletions = "/v1/completions", kChat = "/v1/chat/completions";
+const std::string kCompletions = "/v1/completions", kChat = "/v1/chat/completions",
+                  kTokenize = "/tokenize", kDetokenize = "/detokenize";
 const std::string kGood = post(kCompletions, R"({"prompt": "hello", "temperature": 0})");
 
 // Which is all that reaches the engine: good requests.
@@ -23,8 +26,9 @@ class BadRequest : public ::testing::Test {
     return without_ids(body_of(answer));
   }
 
+  // `said` is in the message.
   void expect_refused(const std::string& path, const std::string& body, int status,
-                      const std::string& param) {
+                      const std::string& param, const std::string& said = "") {
     const std::string shown = body.substr(0, 200);
     const std::string answer = server_.ask(post(path, body));
     ASSERT_EQ(status_of(answer), status) << shown << "\n" << answer;
@@ -34,6 +38,7 @@ class BadRequest : public ::testing::Test {
     EXPECT_TRUE(error.contains("code"));
     const auto message = error.at("message").get<std::string>();
     EXPECT_FALSE(message.empty());
+    EXPECT_NE(message.find(said), std::string::npos) << message << ", expected " << said;
     EXPECT_LT(message.size(), 1000u);
     EXPECT_EQ(good(), good_) << "after " << shown;
   }
@@ -54,7 +59,8 @@ TEST_F(BadRequest, Bodies) {
         "{\"x\": " + std::string(60000, '['), std::string("{}\0", 3),
         std::string("\xEF\xBB\xBF{}")}) {
     expect_refused(kCompletions, body, 400, "");
-    expect_refused(kChat, body, 400, "");
+    for (const std::string& path : {kChat, kTokenize, kDetokenize})
+      expect_refused(path, body, 400, "");
   }
   const std::string deep = server_.ask(post(kChat, std::string(65, '[') + std::string(65, ']')));
   EXPECT_NE(deep.find("64"), std::string::npos) << "the limit is stated: " << deep;
@@ -119,6 +125,70 @@ TEST_F(BadRequest, FieldsAreNamed) {
                              "[[]]", "[1, \"a\"]", "[\"a\", 1]", "[[1], [true]]", "null"})
     expect_refused(kCompletions, std::string("{\"prompt\": ") + prompt + "}", 400, "prompt");
   expect_refused(kCompletions, "{}", 400, "prompt");
+}
+
+TEST_F(BadRequest, LimitsAreNamed) {
+  const auto with = [](const std::string& field) { return "{\"prompt\": \"ab\", " + field + "}"; };
+  const std::tuple<const char*, const char*, const char*> cases[] = {
+      {"\"n\": 0", "n", "\"n\" is 0, expected an integer from 1 to 128"},
+      {"\"n\": 129", "n", "\"n\" is 129, expected an integer from 1 to 128"},
+      {"\"temperature\": -1", "temperature", "is -1, expected a number from 0 to 2"},
+      {"\"temperature\": 3", "temperature", "is 3, expected a number from 0 to 2"},
+      {"\"logprobs\": 21", "logprobs", "is 21, expected an integer from 0 to 20"},
+      {"\"max_tokens\": -1", "max_tokens", "is -1, expected an integer from 0 to 2147483647"},
+      {"\"max_tokens\": 2147483648", "max_tokens",
+       "is 2147483648, expected an integer from 0 to 2147483647"},
+      {"\"stop\": \"\"", "stop", "a stop string has 0 bytes, expected 1 to 1024"},
+  };
+  for (const auto& [field, param, said] : cases)
+    expect_refused(kCompletions, with(field), 400, param, said);
+  expect_refused(kCompletions, with("\"stop\": \"" + std::string(1025, 'x') + "\""), 400, "stop",
+                 "a stop string has 1025 bytes, expected 1 to 1024");
+  const Json stops = std::vector<std::string>(17, "a");
+  expect_refused(kCompletions, with("\"stop\": " + stops.dump()), 400, "stop",
+                 "found 17 stop strings, expected at most 16");
+  expect_refused(kCompletions, R"({"prompt": [[1], [2], [3]], "n": 50})", 400, "n",
+                 "3 prompts with n = 50 make 150 answers, expected at most 128");
+  expect_refused(
+      kChat,
+      R"({"messages": [{"role": "user", "content": "a"}], "logprobs": true, "top_logprobs": 21})",
+      400, "top_logprobs", "is 21, expected an integer from 0 to 20");
+}
+
+TEST_F(BadRequest, TextsAndTokens) {
+  const std::tuple<std::string, const char*, int, const char*> cases[] = {
+      {kTokenize, "{}", 400, "prompt"},
+      {kTokenize, R"({"prompt": null})", 400, "prompt"},
+      {kTokenize, R"({"prompt": 5})", 400, "prompt"},
+      {kTokenize, R"({"prompt": ["a"]})", 400, "prompt"},
+      {kTokenize, R"({"prompt": "a", "messages": []})", 400, "messages"},
+      {kTokenize, R"({"prompt": "a", "add_special_tokens": 1})", 400, "add_special_tokens"},
+      {kTokenize, R"({"prompt": "a", "return_token_strs": "yes"})", 400, "return_token_strs"},
+      {kTokenize, R"({"prompt": "a", "tokens": [1]})", 400, "tokens"},
+      {kTokenize, R"({"prompt": "a", "model": "other"})", 404, "model"},
+      {kTokenize, R"({"messages": []})", 400, "messages"},
+      {kTokenize, R"({"messages": "a"})", 400, "messages"},
+      {kTokenize, R"({"messages": [{"role": "king", "content": "a"}]})", 400, "messages[0].role"},
+      {kDetokenize, "{}", 400, "tokens"},
+      {kDetokenize, R"({"tokens": null})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": 5})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": "a"})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": {"a": 1}})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [-1]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [260]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [4294967296]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [1.0]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": ["a"]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [[1]]})", 400, "tokens"},
+      {kDetokenize, R"({"tokens": [1], "prompt": "a"})", 400, "prompt"},
+      {kDetokenize, R"({"tokens": [1], "model": "other"})", 404, "model"},
+  };
+  for (const auto& [path, body, status, param] : cases) expect_refused(path, body, status, param);
+  const size_t too_long = 4097 * byte_model(nullptr)->longest_token;
+  expect_refused(kTokenize, R"({"prompt": ")" + std::string(too_long, 'a') + "\"}", 400, "prompt",
+                 fmt::format("holds 4096 tokens, but the prompt has {} bytes", too_long));
+  expect_refused(kDetokenize, Json{{"tokens", std::vector<int>(4097, 97)}}.dump(), 400, "tokens",
+                 "holds 4096 tokens, but \"tokens\" has 4097");
 }
 
 TEST_F(BadRequest, MessagesAreNamedByPlace) {

@@ -1,9 +1,11 @@
 // What clients do wrong, on real sockets. After each fault a good request gets the same bytes as
 // before it.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <cstring>
 #include <fstream>
+#include <optional>
 
 #include "server/server_test_kit.h"
 
@@ -48,15 +50,20 @@ class HttpFaults : public ::testing::Test {
     EXPECT_EQ(good(), good_) << "after " << request.substr(0, 200);
   }
 
-  // Refused, and what follows is not taken for a request.
-  void expect_no_second_answer(const std::string& request) {
+  // Refused, and what follows is not taken for a request: nobody knows where it would begin.
+  void expect_last_error(const std::string& request, int status) {
+    const std::string shown = request.substr(0, 200);
     RawClient client(server_.http.port());
-    client.send(request);
+    client.send(request + get("/health"));
     const std::string answer = client.receive(5);
-    EXPECT_EQ(status_of(answer), 400) << request << answer;
-    EXPECT_EQ(client.receive(1), "") << request;
-    EXPECT_TRUE(client.closed_by_peer()) << request;
-    EXPECT_EQ(good(), good_) << "after " << request;
+    ASSERT_EQ(status_of(answer), status) << shown << "\n" << answer;
+    EXPECT_NE(answer.find("\r\nConnection: close\r\n"), std::string::npos) << shown << answer;
+    const Json body = parse_json(body_of(answer), "answer");
+    for (const char* field : {"message", "type", "param", "code"})
+      EXPECT_TRUE(body["error"].contains(field)) << answer;
+    EXPECT_EQ(client.receive(1), "") << shown;
+    EXPECT_TRUE(client.closed_by_peer()) << shown;
+    EXPECT_EQ(good(), good_) << "after " << shown;
   }
 
   TestServer server_{options()};
@@ -78,44 +85,59 @@ TEST_F(HttpFaults, WrongRequests) {
   expect_error("GET /v1/completions" + tail + "\r\n", 405);
   expect_error("DELETE /v1/models" + tail + "\r\n", 405);
   expect_error("OPTIONS /v1/completions" + tail + "\r\n", 405);
-  expect_error("nonsense\r\n\r\n", 400);
-  expect_error(std::string("GET /\0x", 7) + tail + "\r\n", 400);
-  expect_error("GET / HTTP/1.1\r\n\r\n", 400);                                // no Host
-  expect_error("GET / HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n", 400);  // two
-  expect_error("GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 400);
-  expect_error("GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403);
   expect_error("GET /" + tail + "Origin: https://evil.example\r\n\r\n", 403);
+  expect_error("GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403);
   expect_error("POST /v1/completions" + tail + "\r\n", 400);  // no body
-  expect_error("POST /v1/completions" + tail + "Content-Length: -5\r\n\r\n", 400);
-  expect_error("POST /v1/completions" + tail + "Content-Length: 5x\r\n\r\n", 400);
-  expect_error("POST /v1/completions" + tail + "Content-Length: 99999999999\r\n\r\n", 413);
-  expect_error(
-      "POST /v1/completions" + tail +
-          "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-      400);
-  // A proxy might see a body where the server would see a second request.
-  for (const char* coding : {"xchunked", "chunked, identity", "gzip, chunked", "identity",
-                             "chunked\r\nTransfer-Encoding: chunked", "\r\n xchunked", ""})
-    expect_no_second_answer("POST /v1/completions" + tail + "Transfer-Encoding: " + coding +
-                            "\r\n\r\n0\r\n\r\n" + get("/health"));
-  expect_no_second_answer(
-      "POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" +
-      get("/health"));
-  expect_error("POST /v1/completions" + tail + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
-               400);
-  expect_error("POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400);
-  expect_error(
-      "POST /v1/completions" + tail + "Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\nabc", 413);
-  expect_error(
-      "POST /v1/completions" + tail + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415);
-  expect_error("GET /" + tail + "X: " + std::string(10 << 20, 'x') + "\r\n\r\n", 431);
-  std::string many;
-  for (int i = 0; i < 100000; ++i) many += "a: b\r\n";
-  expect_error("GET /" + tail + many + "\r\n", 431);
   expect_error(post("/v1/completions", "{\"prompt\": "), 400);
   expect_error(post("/v1/chat/completions", "{}"), 400);
   expect_error(post("/tokenize", "{}"), 400);
   expect_error(post("/detokenize", R"({"tokens": [-1]})"), 400);
+}
+
+TEST_F(HttpFaults, WrongFramingEndsTheConnection) {
+  const std::string tail = " HTTP/1.1\r\nHost: localhost\r\n", head = "POST /v1/completions" + tail;
+  expect_last_error("nonsense\r\n\r\n", 400);
+  expect_last_error(std::string("GET /\0x", 7) + tail + "\r\n", 400);
+  expect_last_error("GET / HTTP/1.1\r\n\r\n", 400);                                // no Host
+  expect_last_error("GET / HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n", 400);  // two
+  expect_last_error("GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: -5\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: 5x\r\n\r\n", 400);
+  expect_last_error(head + "Content-Length: 99999999999\r\n\r\n", 413);
+  expect_last_error(head + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd", 400);
+  expect_last_error(head + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400);
+  // A proxy might see a body where the server would see a second request.
+  for (const char* coding : {"xchunked", "chunked, identity", "gzip, chunked", "identity",
+                             "chunked\r\nTransfer-Encoding: chunked", "\r\n xchunked", ""})
+    expect_last_error(head + "Transfer-Encoding: " + coding + "\r\n\r\n0\r\n\r\n", 400);
+  expect_last_error("POST /v1/completions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                    400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n-1\r\nabc", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n", 400);
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\nabc", 413);
+  // The limit of 1 MiB is that of all chunks together.
+  std::string chunks;
+  for (int i = 0; i <= (1 << 20) / 64; ++i) chunks += "40\r\n" + std::string(64, ' ') + "\r\n";
+  expect_last_error(head + "Transfer-Encoding: chunked\r\n\r\n" + chunks, 413);
+  expect_last_error(head + "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415);
+  expect_last_error("GET /" + tail + "X: " + std::string(10 << 20, 'x') + "\r\n\r\n", 431);
+  std::string many;
+  for (int i = 0; i < 100000; ++i) many += "a: b\r\n";
+  expect_last_error("GET /" + tail + many + "\r\n", 431);
+}
+
+TEST_F(HttpFaults, ChunkedBodies) {
+  const std::string body = body_of(kGood);
+  std::string chunks = fmt::format("{:X};name=value\r\n{}\r\n", 10, body.substr(0, 10));
+  for (const char c : body.substr(10)) chunks += fmt::format("1\r\n{}\r\n", c);
+  RawClient client(server_.http.port());
+  for (const char* end : {"0\r\n\r\n", "0\r\nA-Trailer: x\r\n\r\n"}) {
+    client.send(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" +
+        chunks + end);
+    EXPECT_EQ(without_ids(body_of(client.receive())), good_) << end;
+  }
 }
 
 TEST_F(HttpFaults, SlowClients) {
@@ -127,6 +149,19 @@ TEST_F(HttpFaults, SlowClients) {
   EXPECT_TRUE(slow_body.closed_by_peer(3));
   RawClient silent(server_.http.port());
   EXPECT_TRUE(silent.closed_by_peer(6));
+}
+
+// Each byte comes in time, but the header does not.
+TEST_F(HttpFaults, DrippingClients) {
+  RawClient client(server_.http.port());
+  client.send("GET /health HTTP/1.1\r\nX: ");
+  int num_bytes = 0;
+  while (num_bytes < 200 && client.send("x") && !client.closed_by_peer(0.01)) {
+    ++num_bytes;
+    EXPECT_EQ(good(), good_);
+  }
+  EXPECT_GT(num_bytes, 2) << "a weak test";
+  EXPECT_LT(num_bytes, 200);  // the deadline is 0.5 s, and 200 bytes take 2 at least
 }
 
 TEST_F(HttpFaults, BodiesCutShort) {
@@ -142,15 +177,105 @@ TEST_F(HttpFaults, BodiesCutShort) {
   }
 }
 
+// Whoever has been silent the longest makes room.
 TEST_F(HttpFaults, ManyIdleConnections) {
   std::vector<std::unique_ptr<RawClient>> idle;
-  for (int i = 0; i < 60; ++i) idle.push_back(std::make_unique<RawClient>(server_.http.port()));
+  for (int i = 0; i < 60; ++i) {
+    idle.push_back(std::make_unique<RawClient>(server_.http.port()));
+    if (i == 0) {  // between two requests is idle too
+      idle[0]->send(kGood);
+      EXPECT_EQ(status_of(idle[0]->receive()), 200);
+    }
+  }
   RawClient late(server_.http.port());
   late.send(kGood);
-  EXPECT_EQ(status_of(late.receive(3)), 503);
-  idle.clear();
-  for (int i = 0; i < 100 && status_of(server_.ask(kGood)) != 200; ++i)
+  EXPECT_EQ(without_ids(body_of(late.receive())), good_);
+  for (size_t i = 0; i <= 10; ++i) EXPECT_TRUE(idle[i]->closed_by_peer(1)) << i;
+  for (size_t i = 11; i < 60; ++i) {
+    idle[i]->send(get("/health"));
+    EXPECT_EQ(status_of(idle[i]->receive()), 200) << i;
+  }
+}
+
+AppOptions with_connections(int64_t connections) {
+  AppOptions options;
+  options.limits.connections = connections;
+  options.limits.header_seconds = options.limits.idle_seconds = 600;
+  return options;
+}
+
+TEST(HttpServer, BusyConnectionsAreNotClosedForOthers) {
+  TestServer server(with_connections(20));
+  std::vector<std::unique_ptr<RawClient>> busy;
+  for (int i = 0; i < 20; ++i) {
+    busy.push_back(std::make_unique<RawClient>(server.http.port()));
+    busy.back()->send(kGood.substr(0, 1));
+  }
+  const std::string refused = server.ask(get("/health"));
+  EXPECT_EQ(status_of(refused), 503);
+  EXPECT_NE(refused.find("too_many_connections"), std::string::npos) << refused;
+  EXPECT_NE(refused.find("\r\nRetry-After: 1\r\n"), std::string::npos) << refused;
+  for (const auto& client : busy) {
+    client->send(kGood.substr(1));
+    EXPECT_EQ(status_of(client->receive()), 200);
+  }
+  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
+}
+
+// Lowers how many files this process may open, for as long as it lives.
+class FewDescriptors {
+ public:
+  explicit FewDescriptors(rlim_t count) {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit few = {count, before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &few);
+  }
+  ~FewDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+  FewDescriptors(const FewDescriptors&) = delete;
+  FewDescriptors& operator=(const FewDescriptors&) = delete;
+
+ private:
+  rlimit before_ = {};
+};
+
+TEST(HttpServer, ConnectionsFitUnderTheLimitOfOpenFiles) {
+  testing::internal::CaptureStderr();
+  std::optional<FewDescriptors> few(40);
+  TestServer server(with_connections(1024));
+  few.reset();
+  const std::string log = testing::internal::GetCapturedStderr();
+  EXPECT_NE(log.find("at most 20 connections, not 1024"), std::string::npos) << log;
+  std::vector<std::unique_ptr<RawClient>> busy;
+  for (int i = 0; i < 20; ++i) {
+    busy.push_back(std::make_unique<RawClient>(server.http.port()));
+    busy.back()->send("G");
+  }
+  EXPECT_EQ(status_of(server.ask(kGood)), 503);
+  busy.pop_back();
+  for (int i = 0; i < 500 && status_of(server.ask(kGood)) != 200; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(status_of(server.ask(kGood)), 200);
+}
+
+// The rest of the program may have taken them all.
+TEST(HttpServer, IdleConnectionsGiveUpTheLastDescriptors) {
+  TestServer server(with_connections(1024));
+  RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
+  for (RawClient* client : {&first, &second, &third}) {
+    client->send(kGood);
+    EXPECT_EQ(status_of(client->receive()), 200);
+  }
+  const int next = dup(STDERR_FILENO);
+  close(next);
+  const FewDescriptors few(static_cast<rlim_t>(next) + 1);
+  RawClient late(server.http.port());
+  late.send(kGood);
+  EXPECT_EQ(status_of(late.receive()), 200);
+  // One for the new connection, and one that accept() wants before it looks for the next.
+  EXPECT_TRUE(first.closed_by_peer());
+  EXPECT_TRUE(second.closed_by_peer());
+  third.send(kGood);
+  EXPECT_EQ(status_of(third.receive()), 200);
 }
 
 TEST_F(HttpFaults, KeepAliveAndPipelining) {
@@ -229,7 +354,10 @@ TEST_F(HttpFaults, QueueFull) {
 
 TEST_F(HttpFaults, NoMemoryForTheThirdAnswer) {
   server_.generator.until_bad_alloc = 2;
-  expect_error(post("/v1/completions", R"({"prompt": [0], "n": 3})"), 503);
+  const std::string answer = server_.ask(post("/v1/completions", R"({"prompt": [0], "n": 3})"));
+  EXPECT_EQ(status_of(answer), 503) << answer;
+  EXPECT_NE(answer.find("out_of_memory"), std::string::npos) << answer;
+  EXPECT_NE(answer.find("Retry-After: 1\r\n"), std::string::npos) << answer;
   EXPECT_EQ(server_.generator.stats().running, 0);  // none of the two is left behind
   EXPECT_EQ(server_.generator.stats().cancelled, 2);
 }
@@ -245,7 +373,10 @@ TEST_F(HttpFaults, PoisonedRequestFailsAlone) {
 TEST(HttpServer, FaultTurnsHealthTo503) {
   TestServer server;
   EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
-  EXPECT_EQ(status_of(server.ask(post("/v1/completions", R"({"prompt": [2]})"))), 503);
+  const std::string answer = server.ask(post("/v1/completions", R"({"prompt": [2]})"));
+  EXPECT_EQ(status_of(answer), 503);
+  EXPECT_NE(answer.find("\"engine_fault\""), std::string::npos) << answer;
+  EXPECT_EQ(answer.find("Retry-After"), std::string::npos) << "this program cannot help any more";
   const std::string health = server.ask(get("/health"));
   EXPECT_EQ(status_of(health), 503);
   EXPECT_NE(health.find("the test broke it"), std::string::npos);
@@ -341,7 +472,7 @@ TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
   TestServer server(options);
   const std::string before = without_ids(body_of(server.ask(kGood)));
   const std::string head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n";
-  const std::string whole = R"({"prompt": ")" + std::string((1 << 20) - 14, 'a') + "\"}";
+  const std::string whole = R"({"prompt": "a")" + std::string((1 << 20) - 15, ' ') + "}";
   ASSERT_EQ(whole.size(), size_t{1} << 20);
   RawClient first(server.http.port()), second(server.http.port()), third(server.http.port());
   first.send(head + "Content-Length: 1048576\r\n\r\n");
@@ -360,7 +491,39 @@ TEST(HttpServer, LargeBodiesAtOnceAreBounded) {
   EXPECT_EQ(without_ids(body_of(server.ask(kGood))), before);
 }
 
-// Bodies of others are read and cut into tokens meanwhile, one after the other.
+// Each kind of request that takes longer has a thread of its own: while the thread of one is kept,
+// the others are answered. A single thread would answer none of them.
+TEST(HttpServer, CompletionsAndLongBodiesDoNotWaitForEachOther) {
+  TestServer server;
+  const std::string before = without_ids(body_of(server.ask(kGood)));
+  const size_t most = 4096 * byte_model(nullptr)->longest_token;
+  const std::string largest = post("/tokenize", R"({"prompt": ")" + std::string(most, 'a') + "\"}");
+  const std::string large = post("/v1/completions", R"({"prompt": "hello", "temperature": 0)" +
+                                                        std::string(1 << 20, ' ') + "}");
+  const std::string large_and_wrong =
+      post("/v1/completions",
+           R"({"prompt": "hello", "temperature": 3)" + std::string(1 << 20, ' ') + "}");
+  const std::string small_and_wrong = post("/v1/completions", "{}");
+  const auto expect_answers_beside = [&](const std::string& kept,
+                                         const std::vector<std::pair<std::string, int>>& others) {
+    const int64_t num_submits = server.generator.num_submits;
+    RawClient client(server.http.port());
+    {
+      const std::lock_guard closed(server.generator.gate);
+      client.send(kept);
+      for (int i = 0; i < 1000 && server.generator.num_submits == num_submits; ++i)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      ASSERT_EQ(server.generator.num_submits, num_submits + 1);
+      for (const auto& [request, status] : others)
+        EXPECT_EQ(status_of(server.ask(request)), status) << request.substr(0, 100);
+    }
+    EXPECT_EQ(without_ids(body_of(client.receive())), before);
+  };
+  expect_answers_beside(kGood, {{largest, 200}, {large_and_wrong, 400}});
+  expect_answers_beside(large, {{largest, 200}, {small_and_wrong, 400}});
+}
+
+// Bodies of others are read and cut into tokens meanwhile.
 TEST(HttpServer, HealthWaitsForNoBody) {
   TestServer server;
   RawClient busy(server.http.port());

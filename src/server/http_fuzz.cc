@@ -1,5 +1,6 @@
 // Random bytes on a connection. Whatever they are, what comes back is a row of whole HTTP answers,
-// errors in the API's form, and the next client gets the same good answer as ever.
+// errors in the API's form, and the next client gets the same good answer as ever. A second server
+// gets the same bytes and has a key: who does not give it gets 200 for /health and the page alone.
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -54,8 +55,11 @@ class QuickGenerator : public Generator {
   std::atomic<uint64_t> last_id_{0};
 };
 
+const std::string kKey = "secret", kHealth = R"({"status":"ok"})";
+
 struct FuzzedServer {
-  FuzzedServer() : app(app_options()), http(app, http_options()) {
+  explicit FuzzedServer(const std::vector<std::string>& api_keys)
+      : app(app_options(api_keys)), http(app, http_options()) {
     auto model = std::make_shared<ServedModel>();
     model->name = "bytes";
     model->generator = &generator;
@@ -70,8 +74,9 @@ struct FuzzedServer {
     app.set_model(std::move(model));
     http.start();
   }
-  static AppOptions app_options() {
+  static AppOptions app_options(const std::vector<std::string>& api_keys) {
     AppOptions options;
+    options.api_keys = api_keys;
     options.cors_origins = {"https://app.example"};
     options.limits.header_bytes = 4096;
     options.limits.body_bytes = 16384;
@@ -137,8 +142,15 @@ void take_chunks(std::string_view& rest) {
   }
 }
 
+// What anyone may see: the page, and that the server is well. Without a body its length tells.
+bool is_public(const std::string& head, std::string_view body, bool with_head) {
+  if (head.find("\r\nContent-Type: text/html") != head.npos) return true;
+  return head.find(fmt::format("\r\nContent-Length: {}\r\n", kHealth.size())) != head.npos &&
+         (with_head || body.starts_with(kHealth));
+}
+
 // An answer to HEAD has a length but no body: bytes that begin another answer or nothing at all.
-void check_answers(const std::string& answer, bool with_head) {
+void check_answers(const std::string& answer, bool with_head, bool only_public) {
   std::string_view rest = answer;
   while (!rest.empty()) {
     require(rest.starts_with("HTTP/1.1 ") && rest.size() > 12, "no HTTP answer", rest);
@@ -149,6 +161,8 @@ void check_answers(const std::string& answer, bool with_head) {
     require(end != rest.npos, "a head without end", rest);
     const std::string head(rest.substr(0, end + 2));
     rest.remove_prefix(end + 4);
+    require(!only_public || status != 200 || is_public(head, rest, with_head),
+            "an answer without a key", answer);
     if (head.find("\r\nTransfer-Encoding: chunked\r\n") != head.npos) {
       take_chunks(rest);
       continue;
@@ -172,12 +186,13 @@ void check_answers(const std::string& answer, bool with_head) {
   }
 }
 
-std::string good_answer(uint16_t port) {
+std::string good_answer(uint16_t port, const std::string& headers = {}) {
   const std::string body = R"({"prompt": "hello", "max_tokens": 3, "temperature": 0})";
   std::string answer = answers_to(
-      port, fmt::format(
-                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{}",
-                body.size(), body));
+      port,
+      fmt::format(
+          "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n{}\r\n{}",
+          body.size(), headers, body));
   // Ids and times differ.
   const size_t choices = answer.find("\"choices\"");
   require(answer.starts_with("HTTP/1.1 200 ") && choices != answer.npos, "no good answer", answer);
@@ -188,12 +203,17 @@ std::string good_answer(uint16_t port) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static FuzzedServer server;
-  static const std::string good = good_answer(server.http.port());
+  static FuzzedServer plain({}), keyed({kKey});
+  static const std::string good = good_answer(plain.http.port());
+  static const std::string key = "Authorization: Bearer " + kKey + "\r\n";
   static int count = 0;
   const std::string_view bytes(reinterpret_cast<const char*>(data), size);
-  check_answers(answers_to(server.http.port(), bytes), bytes.find("HEAD") != bytes.npos);
-  if (++count % 32 == 0)
-    require(good_answer(server.http.port()) == good, "a good request got another answer");
+  const bool with_head = bytes.find("HEAD") != bytes.npos;
+  check_answers(answers_to(plain.http.port(), bytes), with_head, false);
+  check_answers(answers_to(keyed.http.port(), bytes), with_head, bytes.find(kKey) == bytes.npos);
+  if (++count % 32 == 0) {
+    require(good_answer(plain.http.port()) == good, "a good request got another answer");
+    require(good_answer(keyed.http.port(), key) == good, "a good request got another answer");
+  }
   return 0;
 }

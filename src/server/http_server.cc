@@ -2,6 +2,7 @@
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 #include <boost/beast/http/read.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
+#include <list>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -56,12 +58,18 @@ constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 // How often a waiting request looks whether its client is still there.
 constexpr auto kPresenceCheck = std::chrono::milliseconds(200);
 constexpr uint64_t kSmallBody = 64 << 10;
+// Descriptors that are left to the rest of the program, or half of them where there are few.
+constexpr rlim_t kOwnDescriptors = 64;
 
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3));
 }
 
-ApiError out_of_memory() { return {503, "out of memory", {}, "out_of_memory"}; }
+ApiError out_of_memory() {
+  ApiError error(503, "out of memory", {}, "out_of_memory");
+  error.retry_after_seconds = 1;
+  return error;
+}
 
 const char* reason_phrase(int status) {
   return http::obsolete_reason(static_cast<http::status>(status)).data();
@@ -82,6 +90,20 @@ struct Bell {
   asio::steady_timer timer;
   std::atomic<bool> rung{false};
 };
+
+// One of those that are open. It is idle while no byte of its next request has come, and when none
+// is to come any more.
+struct Connection {
+  beast::tcp_stream* stream;
+  bool idle = false, displaced = false;
+};
+
+int64_t descriptors_for_connections() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return INT64_MAX;
+  const rlim_t left = limit.rlim_cur - std::min(limit.rlim_cur / 2, kOwnDescriptors);
+  return static_cast<int64_t>(std::clamp<rlim_t>(left, 1, INT64_MAX));
+}
 
 // A part of what all bodies together may take, given back at its end.
 class BodyShare {
@@ -111,26 +133,31 @@ class BodyShare {
 
 struct HttpServer::State {
   State(App& app_, const HttpServerOptions& options_)
-      : app(app_), options(options_), acceptor(io), workers(1) {}
+      : app(app_), options(options_), acceptor(io) {}
 
   App& app;
   HttpServerOptions options;
   bool loopback = true;
-  std::atomic<int64_t> connections{0}, answering{0};
-  uint64_t bodies_bytes = 0;  // that bodies may take which are here; of the server's thread
+  std::atomic<int64_t> answering{0};
+  int64_t connections_limit = 0;
+  std::list<Connection> connections;  // the idle ones in the order in which they became so
+  int64_t num_connections = 0;        // without those displaced; both of the server's thread
+  uint64_t bodies_bytes = 0;          // that bodies may take which are here; of the server's thread
   std::atomic<bool> stopping{false};
   asio::io_context io{1};  // its end is the end of the connections, which use what stands above
   asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
   tcp::acceptor acceptor;
   std::weak_ptr<bool> accepting;  // gone with the loop that accepts
-  asio::thread_pool workers;
+  asio::thread_pool worker{1}, long_worker{1}, text_worker{1};
   std::thread thread;
 
   const ServerLimits& limits() const { return app.options().limits; }
   void log(const std::string& line) const { info("{}", line); }
 
+  asio::thread_pool& worker_for(const HttpRequest& request);
   void run();
   asio::awaitable<void> accept_loop(std::shared_ptr<bool> alive);
+  bool displace_longest_idle();
   void turn_away(tcp::socket socket);
   asio::awaitable<void> serve(beast::tcp_stream stream);
 
@@ -357,7 +384,7 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
         }
         co_return;
       };
-      co_await asio::co_spawn(workers, build, asio::use_awaitable);
+      co_await asio::co_spawn(worker, build, asio::use_awaitable);
       const AnswerNote note = exchange.note();
       const bool open = co_await send(stream, head, response, note);
       co_return open;
@@ -390,6 +417,13 @@ asio::awaitable<bool> HttpServer::State::send_exchange(beast::tcp_stream& stream
 
 // --- connections ---
 
+// Seconds of work on a long body, or on a text from which nothing is generated, are before no
+// request that a client waits for token by token.
+asio::thread_pool& HttpServer::State::worker_for(const HttpRequest& request) {
+  if (!App::generates(request.path)) return text_worker;
+  return request.body.size() > kSmallBody ? long_worker : worker;
+}
+
 asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
   struct Count {
     std::atomic<int64_t>& n;
@@ -398,7 +432,26 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     Count(const Count&) = delete;
     Count& operator=(const Count&) = delete;
   };
-  const Count connection(connections);
+  struct Place {
+    State& state;
+    std::list<Connection>::iterator at;
+    Place(State& state_, beast::tcp_stream& stream_)
+        : state(state_), at(state.connections.insert(state.connections.end(), {&stream_})) {
+      ++state.num_connections;
+    }
+    ~Place() {
+      if (!at->displaced) --state.num_connections;
+      state.connections.erase(at);
+    }
+    void begin_idle() const {
+      at->idle = true;
+      state.connections.splice(state.connections.end(), state.connections, at);
+    }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+  };
+  const Place place(*this, stream);
+  Connection& connection = *place.at;
   error_code ignored;
   stream.socket().set_option(tcp::no_delay(true), ignored);
   const auto endpoint = stream.socket().remote_endpoint(ignored);
@@ -410,9 +463,11 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
     parser.body_limit(limits().body_bytes);
     // The first byte may take its time; the rest of the header may not.
     if (buffer.size() == 0) {
+      place.begin_idle();
       stream.expires_after(milliseconds(limits().idle_seconds));
       const auto [error, bytes] = co_await stream.async_read_some(buffer.prepare(4096), kAwait);
-      if (error) break;
+      connection.idle = false;
+      if (error || connection.displaced) co_return;
       buffer.commit(bytes);
     }
     stream.expires_after(milliseconds(limits().header_seconds));
@@ -523,7 +578,7 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
       co_return;
     };
     if (head.request.method == "POST") {
-      co_await asio::co_spawn(workers, handle, asio::use_awaitable);
+      co_await asio::co_spawn(worker_for(head.request), handle, asio::use_awaitable);
     } else {
       co_await handle();
     }
@@ -541,12 +596,28 @@ asio::awaitable<void> HttpServer::State::serve(beast::tcp_stream stream) {
   }
   // What the client still sends is taken for a moment, or the reset would eat the answer.
   stream.socket().shutdown(tcp::socket::shutdown_send, ignored);
+  place.begin_idle();
   stream.expires_after(std::chrono::milliseconds(200));
   char rest[4096];
   for (int i = 0; i < 64; ++i) {
     const auto [error, bytes] = co_await stream.async_read_some(asio::buffer(rest), kAwait);
     if (error) break;
   }
+}
+
+// Makes room for another. False if all are busy.
+bool HttpServer::State::displace_longest_idle() {
+  for (Connection& connection : connections) {
+    error_code ignored;
+    // What has come and is not read yet is a request too.
+    if (!connection.idle || connection.stream->socket().available(ignored) > 0) continue;
+    connection.idle = false;
+    connection.displaced = true;
+    --num_connections;
+    connection.stream->close();
+    return true;
+  }
+  return false;
 }
 
 // Connections over the limit hear of it, if that can be done at once.
@@ -589,7 +660,9 @@ asio::awaitable<void> HttpServer::State::accept_loop(std::shared_ptr<bool>) {
       // Each client that left before it was greeted has used up its place in the queue.
       const bool left = error == asio::error::connection_aborted || error.value() == EPROTO;
       rest = error && !left;
-      if (!error && connections >= limits().connections) {
+      if (error == asio::error::no_descriptors) {  // of which accept() wants one to look at all
+        displace_longest_idle();
+      } else if (!error && num_connections >= connections_limit && !displace_longest_idle()) {
         turn_away(std::move(socket));
       } else if (!error) {
         asio::co_spawn(io, serve(beast::tcp_stream(std::move(socket))), asio::detached);
@@ -613,6 +686,14 @@ HttpServer::HttpServer(App& app, const HttpServerOptions& options)
   const auto address = asio::ip::make_address(host, error);
   if (error) fail("--host {}: expected an IP address or localhost", printable(options.host));
   s.loopback = address.is_loopback();
+  const int64_t wanted = s.limits().connections;
+  s.connections_limit = std::min(wanted, descriptors_for_connections());
+  if (s.connections_limit < wanted) {
+    s.log(event_line(options.log, "connections",
+                     fmt::format("at most {} connections, not {}: the limit of open files "
+                                 "(ulimit -n) allows no more",
+                                 s.connections_limit, wanted)));
+  }
   const tcp::endpoint endpoint(address, options.port);
   s.acceptor.open(endpoint.protocol(), error);
   if (!error) s.acceptor.set_option(asio::socket_base::reuse_address(true), error);
@@ -648,7 +729,7 @@ void HttpServer::stop(double timeout_seconds) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   s.io.stop();
   s.thread.join();
-  s.workers.join();
+  for (asio::thread_pool* pool : {&s.worker, &s.long_worker, &s.text_worker}) pool->join();
 }
 
 }  // namespace indexcache

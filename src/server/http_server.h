@@ -1,11 +1,15 @@
 // Connections. Bytes from the network are parsed, limited and timed here, and nowhere else: a
 // request reaches the routes (server/app.h) only when it is complete.
 //
-// Rules: one thread for all connections, one more for parsing and tokenizing bodies. A request
+// Rules: one thread for all connections; parsing and tokenizing bodies is done on three more, one
+// for requests that generate, one for those of them over 64 KiB, and one for /tokenize and
+// /detokenize, so that none of these waits for a longer kind. A request
 // header, a body and the client's reading each have a deadline; headers, bodies and the number of
-// connections have limits. Both Content-Length and Transfer-Encoding in one request, folded or
-// repeated framing headers and bytes that are not HTTP are 400 and the end of the connection.
-// A client that closes its side is gone: its request is cancelled.
+// connections have limits. Where there is no room for another connection, the one that has been
+// idle the longest is closed, and if all are busy the new one gets 503. Both Content-Length and
+// Transfer-Encoding in one request, folded or repeated framing headers and bytes that are not HTTP
+// are 400 and the end of the connection. A client that closes its side is gone: its request is
+// cancelled.
 #pragma once
 
 #include <memory>

@@ -15,7 +15,7 @@ struct ServerLimits {
   double body_seconds = 30;
   double idle_seconds = 60;        // between requests of one connection
   double write_seconds = 30;       // for a client to take what it is sent
-  int64_t connections = 1024;      // more: 503
+  int64_t connections = 1024;      // more: the longest idle one is closed; if none is, 503
   int64_t num_choices = 128;       // prompts times n of one request
   int64_t num_logprobs = 1 << 20;  // held for one request: tokens times (logprobs + 1)
   int64_t num_stops = 16;

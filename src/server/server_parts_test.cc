@@ -123,6 +123,27 @@ TEST(ApiRequest, TextsThatCannotFitAreNotTokenized) {
         parse_chat({{"messages", {{{"role", "user"}, {"content", text}}}}}, *model, {}, 0);
       },
       "messages");
+  expect_refused([&] { tokenize_answer({{"prompt", text}}, *model, {}, 0); }, "prompt");
+  expect_refused(
+      [&] {
+        tokenize_answer({{"messages", {{{"role", "user"}, {"content", text}}}}}, *model, {}, 0);
+      },
+      "messages");
+}
+
+TEST(ApiRequest, NoMoreTokensBecomeTextThanTheContextHolds) {
+  const auto model = byte_model(nullptr);
+  const std::vector<int32_t> most(4096, 'a');
+  EXPECT_EQ(detokenize_answer({{"tokens", most}}, *model)["prompt"], std::string(4096, 'a'));
+  try {
+    detokenize_answer({{"tokens", std::vector<int32_t>(5000, 'a')}}, *model);
+    ADD_FAILURE();
+  } catch (const ApiError& error) {
+    EXPECT_EQ(error.code, "context_length_exceeded");
+    EXPECT_EQ(error.param, "tokens");
+    for (const char* number : {"4096", "5000"})
+      EXPECT_NE(std::string(error.what()).find(number), std::string::npos) << error.what();
+  }
 }
 
 TEST(ApiRequest, TemplatesReadTheEffort) {

@@ -161,7 +161,8 @@ class EchoGenerator : public Generator {
       return true;
     }
     event.token = prompt[static_cast<size_t>(job.done) % prompt.size()];
-    if (std::ranges::find(request.stop_tokens, event.token) != request.stop_tokens.end()) {
+    if (job.done >= request.min_tokens &&
+        std::ranges::find(request.stop_tokens, event.token) != request.stop_tokens.end()) {
       job.on_event(finished(FinishReason::kStop));
       ++stats_.finished;
       return true;
