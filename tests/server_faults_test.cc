@@ -222,7 +222,8 @@ TEST(ServeFaults, TheEngineFails) {
   EXPECT_EQ(server.exit_code(), 1);
 }
 
-TEST(ServeFaults, OutOfDescriptors) {
+// Half of the descriptors are for connections; those that have been idle the longest make room.
+TEST(ServeFaults, FewDescriptors) {
   Server server(with({"--deterministic"}), {}, [] {
     const rlimit few = {64, 64};
     setrlimit(RLIMIT_NOFILE, &few);
@@ -232,13 +233,13 @@ TEST(ServeFaults, OutOfDescriptors) {
   {
     std::vector<std::unique_ptr<RawClient>> clients;
     for (int i = 0; i < 200; ++i) clients.push_back(std::make_unique<RawClient>(server.port()));
-    clients[0]->send(kGood);
-    EXPECT_EQ(choices(clients[0]->receive(30)), before);
-    // It looks again now and then for a place, and does not spin.
+    clients.back()->send(kGood);
+    EXPECT_EQ(choices(clients.back()->receive(30)), before);
+    EXPECT_LT(server.num_descriptors(), 64);
+    EXPECT_GT(server.num_descriptors(), 32) << "a weak test";
     const double used = server.cpu_seconds();
     std::this_thread::sleep_for(std::chrono::seconds(1));
-    EXPECT_LT(server.cpu_seconds() - used, 0.3);
-    EXPECT_GE(server.num_descriptors(), 64) << "a weak test";
+    EXPECT_LT(server.cpu_seconds() - used, 0.3) << "it does not spin";
   }
   expect_recovered(server, before);
 }
