@@ -127,7 +127,7 @@ int serve(CLI::App* command, ServeFlags& flags) {
   } else {
     warn("{}: no tokenizer.json: only token ids are taken", printable(flags.common.model, 400));
   }
-  model->context = engine.memory.context;
+  model->context = max_request_tokens(engine);
   model->vocab_size = engine.model.config.vocab_size;
   model->eos_tokens = engine.model.config.eos_token_id;
   model->plan = to_string(engine.model.plan);

@@ -26,10 +26,6 @@ bool contains(const std::vector<int32_t>& tokens, int32_t token) {
 
 }  // namespace
 
-int64_t max_request_tokens(const Engine& engine) {
-  return std::min(engine.memory.context, engine.cache.shape().num_pages * kPageTokens);
-}
-
 RequestBatch::RequestBatch(Engine& engine, const SchedulerOptions& options)
     : engine_(engine),
       options_(options),

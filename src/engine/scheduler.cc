@@ -49,6 +49,10 @@ void check_request(const GenerationRequest& request, int64_t vocab) {
 
 }  // namespace
 
+int64_t max_request_tokens(const Engine& engine) {
+  return std::min(engine.memory.context, engine.cache.shape().num_pages * kPageTokens);
+}
+
 struct Scheduler::State {
   State(Engine& engine_in, const SchedulerOptions& options_in)
       : engine(engine_in), options(options_in), batch(engine, options) {

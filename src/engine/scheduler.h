@@ -91,6 +91,9 @@ struct SchedulerStats {
   std::string fault;   // empty: healthy
 };
 
+// Tokens of one request, prompt and answer: what the context allows and the whole cache holds.
+int64_t max_request_tokens(const Engine& engine);
+
 class Scheduler {
  public:
   // Starts the thread. `engine` outlives the scheduler and is used by nobody else meanwhile.
