@@ -157,11 +157,25 @@ TEST(ServeFaults, TheEngineFails) {
     EXPECT_EQ(status_of(health), 503) << health;
     EXPECT_NE(health.find("broken"), std::string::npos) << health;
   }
+  EXPECT_TRUE(server.wait_for_log("the engine failed: ")) << server.log();
   EXPECT_EQ(metric(server, "indexcache_engine_healthy"), 0);
   EXPECT_EQ(metric(server, "indexcache_cache_free_pages"),
             metric(server, "indexcache_cache_pages"));
   server.signal(SIGTERM);
   EXPECT_EQ(server.exit_code(), 1);
+}
+
+// Who waits for an answer hears of the fault; who only stays connected holds up nothing.
+TEST(ServeFaults, TheEngineFailsAndTheServerEnds) {
+  Server server(with({"--force", "matmul=broken", "--exit-on-fault"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  RawClient idle(server.port());
+  EXPECT_TRUE(idle.connected());
+  const std::string stream =
+      server.ask(post("/v1/completions", R"({"prompt": [5, 6, 7], "n": 3, "stream": true})"));
+  EXPECT_NE(stream.find("engine_fault"), std::string::npos) << stream;
+  EXPECT_EQ(server.exit_code(), 1) << server.log();
+  EXPECT_NE(server.log().find("the engine failed: "), std::string::npos) << server.log();
 }
 
 TEST(ServeFaults, OutOfDescriptors) {

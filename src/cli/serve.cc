@@ -10,7 +10,8 @@
 #include <ctime>
 #include <filesystem>
 #include <memory>
-#include <optional>
+#include <new>
+#include <semaphore>
 #include <thread>
 
 #include "base/log.h"
@@ -30,7 +31,7 @@ struct ServeFlags {
   HttpServerOptions http;
   SchedulerOptions scheduler;
   double drain_timeout = 30;
-  bool no_prefix_cache = false, no_access_log = false;
+  bool no_prefix_cache = false, no_access_log = false, exit_on_fault = false;
 };
 
 std::string name_of(const std::string& model_folder) {
@@ -55,9 +56,22 @@ int wait_for_stop_signal() {
   return signal;
 }
 
-// The second signal ends the program at once, and so does one while the model is loaded.
-void leave_on_next_signal() {
-  std::thread([] { _exit(128 + wait_for_stop_signal()); }).detach();
+// What the main thread waits for once the model is served.
+struct StopWait {
+  std::atomic<bool> loaded{false}, signalled{false};
+  std::counting_semaphore<> semaphore{0};
+};
+
+// The first signal is told, if there is anything to wait for; the second ends the program at once,
+// and so does one while the model is loaded.
+void heed_stop_signals(std::shared_ptr<StopWait> wait) {
+  std::thread([wait = std::move(wait)] {
+    const int first = wait_for_stop_signal();
+    if (!wait->loaded) _exit(128 + first);
+    wait->signalled = true;
+    wait->semaphore.release();
+    _exit(128 + wait_for_stop_signal());
+  }).detach();
 }
 
 int serve(CLI::App* command, ServeFlags& flags) {
@@ -92,27 +106,15 @@ int serve(CLI::App* command, ServeFlags& flags) {
   server.start();
   say("listening", fmt::format("listening on http://{}:{}", flags.http.host, server.port()));
 
-  // Until it is served, a signal has nothing to wait for.
   const RunOptions options = run_options(flags.common);
-  std::atomic<bool> loaded{false};
-  std::thread signal_thread([&] {
-    const int first = wait_for_stop_signal();
-    if (!loaded) _exit(128 + first);
-    leave_on_next_signal();
-  });
-  struct Join {
-    std::thread& thread;
-    ~Join() {
-      // Loading failed: the thread still waits.
-      if (thread.joinable()) thread.detach();
-    }
-  } join{signal_thread};
-
+  const auto wait = std::make_shared<StopWait>();
+  heed_stop_signals(wait);
   const ModelSource source = open_model(flags.common.model);
   Engine engine(source, options);
   print_engine(engine);
   flags.scheduler.prefix_cache = !flags.no_prefix_cache;
   flags.scheduler.chunk_tokens = std::min(flags.scheduler.chunk_tokens, options.batch_tokens);
+  flags.scheduler.on_fault = [wait] { wait->semaphore.release(); };
   Scheduler scheduler(engine, flags.scheduler);
   SchedulerGenerator generator(scheduler);
 
@@ -134,14 +136,20 @@ int serve(CLI::App* command, ServeFlags& flags) {
   model->started = time(nullptr);
   const std::string name = model->name;
   app.set_model(std::move(model));
-  loaded = true;
+  wait->loaded = true;
   say("ready", fmt::format("serving {} with plan {}", name, to_string(engine.model.plan)));
 
-  signal_thread.join();
+  for (wait->semaphore.acquire(); !wait->signalled; wait->semaphore.acquire()) {
+    try {
+      say("fault", "the engine failed: " + scheduler.stats().fault);
+    } catch (const std::bad_alloc&) {  // which may be the fault: /health says it as well
+    }
+    if (flags.exit_on_fault) break;
+  }
+  app.set_draining();
   say("draining",
       fmt::format("no new requests; up to {} s for {} running and {} waiting", flags.drain_timeout,
                   scheduler.stats().running, scheduler.stats().waiting));
-  app.set_draining();
   const bool done = scheduler.drain(flags.drain_timeout);
   // Clients have to hear how their answers ended before their connections do.
   scheduler.stop();
@@ -210,6 +218,9 @@ void add_serve_command(CLI::App* program, int* exit_code) {
                    "Seconds that running requests get after SIGTERM")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str();
+  command->add_flag("--exit-on-fault", flags->exit_on_fault,
+                    "End with status 1 after a fault of the engine, for a supervisor to start "
+                    "again; else /health says why until the server is stopped");
   ServerLimits& limits = flags->app.limits;
   command->add_option("--max-body-bytes", limits.body_bytes, "Bytes of a request's body")
       ->check(CLI::Range(1024, 1 << 30))

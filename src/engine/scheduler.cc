@@ -116,6 +116,7 @@ void Scheduler::State::run() {
     } catch (const std::exception& error) {
       set_fault(error);
       end_all(FinishReason::kEngineFault, stats.fault);
+      if (options.on_fault) options.on_fault();
     }
   }
   end_all(FinishReason::kDrained, "the server stops");

@@ -68,6 +68,8 @@ struct SchedulerOptions {
   // A request's bits do not depend on what else is in the batch, on chunks, on cached beginnings or
   // on preemption (Exec::batch_invariant). They are those of this machine's implementations.
   bool deterministic = false;
+  // Called on the engine's thread once a fault has ended all requests; must not throw.
+  std::function<void()> on_fault;
 };
 
 // Why a request was not taken. kTooLong never fits; the others may be tried again after
