@@ -4,7 +4,10 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <fstream>
+#include <map>
+#include <sstream>
 
 #include "tests/server_process.h"
 
@@ -160,6 +163,55 @@ TEST(Serve, LogsEscapeAndHidePrompts) {
   EXPECT_EQ(server.log().find("private"), std::string::npos);
   EXPECT_EQ(server.log().find('\x1b'), std::string::npos);
   EXPECT_EQ(without_ids(body_of(server.ask(good))), before);
+}
+
+// Each line of a text; they are parsed, so that what is no JSON fails the test.
+std::vector<Json> json_lines(const std::string& text) {
+  std::vector<Json> lines;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) {
+    if (!Json::accept(line)) {
+      ADD_FAILURE() << "no JSON: " << line;
+    } else {
+      lines.push_back(Json::parse(line));
+      EXPECT_TRUE(lines.back().is_object()) << line;
+    }
+  }
+  return lines;
+}
+
+// From the first line to the last, whoever writes it.
+TEST(Serve, EveryLineOfAJsonLogIsAnObject) {
+  const std::string folder = model_folder() + "-no-tokenizer";
+  std::filesystem::copy(model_folder(), folder, std::filesystem::copy_options::recursive);
+  std::filesystem::remove(folder + "/tokenizer.json");
+  Json config = load_json(folder + "/config.json");
+  config["auto_map"] = {{"AutoModel", "x.py"}};
+  std::ofstream(folder + "/config.json") << config;
+  const std::vector<std::string> flags = {"-m", folder, "-t", "1", "--port", "0"};
+  Server server(flags, {{"INDEXCACHE_LOG_FORMAT", "json"}});
+  ASSERT_TRUE(server.ready()) << server.log();
+  server.ask(post("/v1/completions", R"({"prompt": [5, 6, 7], "max_tokens": 2})"));
+  server.ask(get("/nowhere"));
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0);
+  std::map<std::string, int> events;
+  for (const Json& line : json_lines(server.log())) ++events[line.value("event", "(none)")];
+  EXPECT_EQ(events["request"], 2);
+  EXPECT_GE(events["info"], 4) << "what the engine is, and that auto_map is ignored";
+  for (const char* event : {"warning", "listening", "ready", "draining", "stopped"})
+    EXPECT_EQ(events[event], 1) << event << server.log();
+
+  // What ends the program before it serves, too.
+  for (const char* wrong : {"--host", "--indexers"}) {
+    const ProgramResult result =
+        run_program({"serve", "-m", folder, "--port", "0", "--log-format", "json", wrong, "/x"});
+    EXPECT_EQ(result.exit_code, 1);
+    const std::vector<Json> lines = json_lines(result.err);
+    ASSERT_FALSE(lines.empty());
+    EXPECT_EQ(lines.back()["event"], "error") << result.err;
+  }
+  std::filesystem::remove_all(folder);
 }
 
 // Asked for, a prompt stays on its line whatever it holds, and so does every other text of a

@@ -12,8 +12,10 @@
 #include <memory>
 #include <new>
 #include <semaphore>
+#include <stdexcept>
 #include <thread>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "cli/layered_flags.h"
 #include "cli/options.h"
@@ -74,13 +76,25 @@ void heed_stop_signals(std::shared_ptr<StopWait> wait) {
   }).detach();
 }
 
+// What the server writes itself is an object already.
+std::string json_line(const std::string& prefix, const std::string& text) {
+  if (prefix.empty() && text.starts_with('{') && Json::accept(text)) return text;
+  return event_line({.json = true}, prefix.empty() ? "info" : "warning", text);
+}
+
+void say_error(const ServeFlags& flags, const std::string& text) {
+  const bool json = flags.log_format == "json";
+  fmt::print(stderr, "{}\n", json ? event_line({.json = true}, "error", text) : "error: " + text);
+}
+
 int serve(CLI::App* command, ServeFlags& flags) {
   if (const char* file = std::getenv("INDEXCACHE_CONFIG"); file && flags.config.empty())
     flags.config = file;
   fill_from_environment_and_file(command, flags.config);
+  flags.http.log.json = flags.log_format == "json";
+  if (flags.http.log.json) set_log_format(json_line);
   if (flags.common.model.empty()) {
-    fmt::print(stderr,
-               "error: --model is missing (flag, INDEXCACHE_MODEL or \"model\" in --config)\n");
+    say_error(flags, "--model is missing (flag, INDEXCACHE_MODEL or \"model\" in --config)");
     return 2;
   }
   // An empty key would let everyone in while it looks as if it did not.
@@ -89,7 +103,6 @@ int serve(CLI::App* command, ServeFlags& flags) {
   // More answers than the batch and the queue hold could never be taken together.
   int64_t& num_choices = flags.app.limits.num_choices;
   num_choices = std::min(num_choices, flags.scheduler.max_running + flags.scheduler.max_waiting);
-  flags.http.log.json = flags.log_format == "json";
   flags.http.access_log = !flags.no_access_log;
   const auto say = [&](const std::string& event, const std::string& text) {
     info("{}", event_line(flags.http.log, event, text));
@@ -257,7 +270,14 @@ void add_serve_command(CLI::App* program, int* exit_code) {
       ->capture_default_str();
   command->add_flag("--log-prompts", flags->http.log.prompts, "Prompts in the log");
   command->add_flag("--no-access-log", flags->no_access_log, "No line for each request");
-  command->callback([command, flags, exit_code] { *exit_code = serve(command, *flags); });
+  command->callback([command, flags, exit_code] {
+    try {
+      *exit_code = serve(command, *flags);
+    } catch (const std::runtime_error& error) {
+      say_error(*flags, error.what());
+      *exit_code = 1;
+    }
+  });
 }
 
 }  // namespace indexcache
