@@ -23,5 +23,38 @@ TEST(ServeEngine, ACacheBelowTheContextBoundsEachRequest) {
   expect_recovered(server, before);
 }
 
+std::vector<double> prompt_logprobs(Server& server, std::vector<int32_t> prompt) {
+  const std::string answer = server.ask(post("/v1/completions", Json{{"prompt", prompt},
+                                                                     {"max_tokens", 1},
+                                                                     {"temperature", 0},
+                                                                     {"echo", true},
+                                                                     {"logprobs", 0}}
+                                                                    .dump()));
+  EXPECT_EQ(status_of(answer), 200) << answer.substr(0, 1000);
+  const Json logprobs =
+      parse_json(body_of(answer), "answer")["choices"][0]["logprobs"]["token_logprobs"];
+  EXPECT_EQ(logprobs.size(), prompt.size() + 1);
+  EXPECT_TRUE(logprobs[0].is_null());
+  std::vector<double> values;
+  for (size_t i = 1; i < prompt.size(); ++i) values.push_back(logprobs.at(i).get<double>());
+  return values;
+}
+
+// The logprobs of a prompt that fills the context begin with those of its beginning.
+TEST(ServeEngine, EchoOfAWholeContext) {
+  Server server(with({"--deterministic", "-c", "4096"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  std::vector<int32_t> prompt = tokens_of(7, 4095);
+  const std::vector<double> whole = prompt_logprobs(server, prompt);
+  prompt.resize(1000);
+  const std::vector<double> beginning = prompt_logprobs(server, prompt);
+  ASSERT_EQ(whole.size(), 4094u);
+  ASSERT_EQ(beginning.size(), 999u);
+  for (const double value : whole) EXPECT_LT(value, 0);
+  EXPECT_TRUE(std::equal(beginning.begin(), beginning.end(), whole.begin()));
+  expect_recovered(server, before);
+}
+
 }  // namespace
 }  // namespace indexcache

@@ -20,6 +20,7 @@ void check_options(const SchedulerOptions& options) {
   check("max_waiting", options.max_waiting, 0);
   check("chunk_tokens", options.chunk_tokens, 1);
   check("mixed_chunk_tokens", options.mixed_chunk_tokens, 1);
+  check("logit_bytes", options.logit_bytes, 1);
 }
 
 void check_tokens(const char* what, const std::vector<int32_t>& tokens, int64_t vocab) {

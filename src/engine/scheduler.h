@@ -64,6 +64,8 @@ struct SchedulerOptions {
   int64_t max_waiting = 256;         // requests in the queue; more are refused
   int64_t chunk_tokens = 512;        // rows of one step, at most the engine's batch_tokens
   int64_t mixed_chunk_tokens = 256;  // rows that prompts have in a step in which others decode
+  // Logits of one step: with prompt logprobs every row has some, so their chunks are cut to fit.
+  int64_t logit_bytes = 64 << 20;
   bool prefix_cache = true;
   // A request's bits do not depend on what else is in the batch, on chunks, on cached beginnings or
   // on preemption (Exec::batch_invariant). They are those of this machine's implementations.

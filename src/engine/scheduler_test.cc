@@ -332,6 +332,46 @@ TEST(RequestBatch, ALongPromptHoldsUpNobody) {
   EXPECT_EQ(decoding->num_generated(), 1 + num_steps);
 }
 
+// Chunks whose prompts' logprobs are wanted are cut where their logits would take too much memory.
+TEST(RequestBatch, LogitsAreBoundedAndPromptLogprobsTheSame) {
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options();
+  options.cache_tokens = 4096;
+  Engine engine(source, options);
+  engine.exec.batch_invariant = true;
+  const auto run = [&](int64_t logit_bytes, int64_t* num_steps) {
+    Steps steps(engine, {.logit_bytes = logit_bytes});
+    std::vector<std::vector<TokenLogprob>> logprobs(2);
+    for (const uint64_t seed : {30, 31}) {
+      GenerationRequest request = request_of(small_tokens(seed, 150), 1);
+      request.num_prompt_logprobs = 2;
+      steps.add(request);
+    }
+    steps.add(request_of(small_tokens(32, 300), 30));  // has logits of one row a step
+    for (*num_steps = 0; !steps.batch.idle(); ++*num_steps) {
+      for (PendingEvent& pending : steps.batch.step()) {
+        if (pending.event.kind == Kind::kPromptDone && pending.request->id <= 2)
+          logprobs[pending.request->id - 1] = pending.event.prompt_logprobs;
+      }
+    }
+    return logprobs;
+  };
+  int64_t uncut_steps = 0, cut_steps = 0;
+  const auto uncut = run(SchedulerOptions().logit_bytes, &uncut_steps);
+  constexpr int64_t kRows = 6;  // 3 for each of the two
+  const auto cut = run(kRows * 4 * kSmallVocab, &cut_steps);
+  EXPECT_LE(uncut_steps, 31);
+  EXPECT_GE(cut_steps, 150 / 3);
+  for (size_t i = 0; i < 2; ++i) {
+    ASSERT_EQ(uncut[i].size(), 149u);
+    EXPECT_TRUE(same_bits(cut[i], uncut[i])) << i;
+  }
+  // Not even one row fits: it goes on by one.
+  const auto least = run(1, &cut_steps);
+  EXPECT_GE(cut_steps, 150);
+  EXPECT_TRUE(same_bits(least[1], uncut[1]));
+}
+
 TEST(RequestBatch, EqualPromptsAtOnceAreComputedOnce) {
   const ModelSource source = small_model("FFSFS");
   RunOptions options = scheduler_engine_options();
