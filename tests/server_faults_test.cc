@@ -94,6 +94,31 @@ TEST(ServeFaults, ClientsThatLeaveAtAnyMoment) {
   expect_recovered(server, before);
 }
 
+// Whoever takes nothing of what is sent is given up, and computed for no longer.
+TEST(ServeFaults, ClientsThatDoNotReadTheirStream) {
+  Server server(with({"--deterministic", "--write-timeout", "0.5"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  constexpr int kClients = 2, kChoices = 32;
+  const std::string endless =
+      post("/v1/completions", fmt::format(R"({{"prompt": [5, 6, 7], "max_tokens": 4000, "n": {},
+                                          "ignore_eos": true, "logprobs": 20, "stream": true}})",
+                                          kChoices));
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (int i = 0; i < kClients; ++i) {
+    clients.push_back(std::make_unique<RawClient>(server.port()));
+    const int few = 4096;
+    setsockopt(clients.back()->fd(), SOL_SOCKET, SO_RCVBUF, &few, sizeof few);
+    clients.back()->send(endless);
+  }
+  constexpr int kCancelled = kClients * kChoices;
+  for (int i = 0; i < 12000 && metric(server, "indexcache_requests_cancelled_total") < kCancelled;
+       ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_EQ(metric(server, "indexcache_requests_cancelled_total"), kCancelled);
+  expect_recovered(server, before);
+}
+
 // The weights have NaN in the embedding of one token: who uses it gets an error, nobody else does.
 TEST(ServeFaults, APoisonedRequestFailsAlone) {
   constexpr int kPoisoned = 7;
