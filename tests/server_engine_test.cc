@@ -23,6 +23,22 @@ TEST(ServeEngine, ACacheBelowTheContextBoundsEachRequest) {
   expect_recovered(server, before);
 }
 
+// Operators see the plan in force and what its indexers cost.
+TEST(ServeEngine, MetricsOfThePlan) {
+  Server server(with({"--plan", "FSFS"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  EXPECT_EQ(metric(server, "indexcache_indexer_seconds_total"), 0);
+  const std::string before = good(server);
+  const std::string metrics = server.ask(get("/metrics"));
+  EXPECT_NE(metrics.find("\nindexcache_plan_info{model_name=\"tiny\",plan=\"FSFS\"} 1\n"),
+            std::string::npos)
+      << metrics;
+  EXPECT_EQ(metric(server, "indexcache_num_full_layers"), 2);
+  for (const char* part : {"indexer", "attention", "ffn", "head"})
+    EXPECT_GT(metric(server, fmt::format("indexcache_{}_seconds_total", part)), 0) << part;
+  expect_recovered(server, before);
+}
+
 std::vector<double> prompt_logprobs(Server& server, std::vector<int32_t> prompt) {
   const std::string answer = server.ask(post("/v1/completions", Json{{"prompt", prompt},
                                                                      {"max_tokens", 1},

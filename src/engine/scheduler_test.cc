@@ -372,6 +372,35 @@ TEST(RequestBatch, LogitsAreBoundedAndPromptLogprobsTheSame) {
   EXPECT_TRUE(same_bits(least[1], uncut[1]));
 }
 
+TEST(RequestBatch, WhoIsCancelledHasNoPagesAfterTheNextStep) {
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options();
+  options.cache_tokens = 4096;
+  Engine engine(source, options);
+  for (const bool prefix_cache : {true, false}) {
+    Steps steps(engine, {.chunk_tokens = 64, .prefix_cache = prefix_cache});
+    const auto stays = steps.add(request_of(small_tokens(40, 100), 200));
+    const auto decodes = steps.add(request_of(small_tokens(41, 100), 200));
+    while (decodes->num_generated() == 0) steps.batch.step();
+    const auto in_prompt = steps.add(request_of(small_tokens(42, 900), 1));
+    steps.batch.step();
+    const auto waits = steps.add(request_of(small_tokens(43, 10), 1));
+    ASSERT_GT(in_prompt->cache.num_tokens, 0);
+    ASSERT_LT(in_prompt->cache.num_tokens, 900);
+    const int64_t pages = steps.stats().pages, stays_with = 2;
+    ASSERT_LT(steps.stats().free_pages, pages - 2 * stays_with);
+    decodes->ended = in_prompt->ended = waits->ended = true;
+    const std::vector<PendingEvent> events = steps.batch.step();
+    EXPECT_EQ(steps.stats().free_pages, pages - stays_with) << prefix_cache;
+    EXPECT_EQ(steps.stats().running + steps.stats().waiting, 1);
+    for (const PendingEvent& pending : events) EXPECT_EQ(pending.request, stays);
+    stays->ended = true;
+    EXPECT_TRUE(steps.batch.step().empty());
+    EXPECT_EQ(steps.stats().free_pages, pages);
+    EXPECT_TRUE(steps.batch.idle());
+  }
+}
+
 TEST(RequestBatch, EqualPromptsAtOnceAreComputedOnce) {
   const ModelSource source = small_model("FFSFS");
   RunOptions options = scheduler_engine_options();
