@@ -225,7 +225,8 @@ void add_serve_command(CLI::App* program, int* exit_code) {
   command->add_flag("--no-prefix-cache", flags->no_prefix_cache,
                     "Compute every prompt from its first token");
   command->add_flag("--deterministic", flags->scheduler.deterministic,
-                    "The same request gives the same bytes whatever else is in the batch");
+                    "The same request gives the same bytes whatever else is in the batch: those of "
+                    "this machine's CPU implementations, which differ from another's");
   command
       ->add_option("--drain-timeout", flags->drain_timeout,
                    "Seconds that running requests get after SIGTERM")
