@@ -62,22 +62,34 @@ inline std::string read_fd(int fd) {
   return text;
 }
 
-// Plays a broken disk: the kernel answers read() of exactly `num_bytes` bytes with EIO, in this
-// process and what it becomes.
-inline void fail_reads(uint32_t num_bytes) {
+// The kernel does `action` at each read() of exactly `num_bytes` bytes, in this process and what it
+// becomes. Returns what the system call returned.
+inline int64_t filter_reads(uint32_t num_bytes, uint32_t action, uint32_t flags) {
   constexpr uint32_t kLowWord = offsetof(seccomp_data, args) + 2 * sizeof(uint64_t);
   sock_filter filter[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_read, 0, 3),
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kLowWord),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, num_bytes, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
+      BPF_STMT(BPF_RET | BPF_K, action),
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
   };
   const sock_fprog program = {std::size(filter), filter};
-  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
-      prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
-    _exit(126);
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return -1;
+  return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+}
+
+// Plays a broken disk: such a read gets EIO.
+inline void fail_reads(uint32_t num_bytes) {
+  if (filter_reads(num_bytes, SECCOMP_RET_ERRNO | EIO, 0) != 0) _exit(126);
+}
+
+// Plays a disk that does not answer: such a read waits for a supervisor, and there is none. What it
+// would listen on stays open, or the read would fail.
+inline void hang_reads(uint32_t num_bytes) {
+  const int64_t listener =
+      filter_reads(num_bytes, SECCOMP_RET_USER_NOTIF, SECCOMP_FILTER_FLAG_NEW_LISTENER);
+  if (listener < 0 || fcntl(static_cast<int>(listener), F_SETFD, 0) != 0) _exit(126);
 }
 
 inline ProgramResult run_program(const std::vector<std::string>& args,

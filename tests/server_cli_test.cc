@@ -4,16 +4,19 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <fstream>
+#include <map>
+#include <sstream>
 
 #include "tests/server_process.h"
 
 namespace indexcache {
 namespace {
 
-const std::string kLong = post("/v1/completions",
-                               R"({"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": true,
-                                   "temperature": 0, "stream": true})");
+// Far more tokens than anything here waits for.
+const std::string kEndless =
+    R"({"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": true, "n": 128)";
 
 TEST(Serve, CommandLineThenEnvironmentThenFile) {
   const std::string file = model_folder() + "-config.json";
@@ -95,57 +98,60 @@ TEST(Serve, DrainsOnSigterm) {
   Server server({"-m", model_folder(), "-t", "1", "--port", "0"});
   ASSERT_TRUE(server.ready()) << server.log();
   RawClient client(server.port());
-  client.send(kLong);
-  const std::string head = client.receive(30, true);
-  ASSERT_EQ(status_of(head), 200) << server.log();
+  client.send(post("/v1/completions",
+                   R"({"prompt": [5, 6, 7], "max_tokens": 3000, "ignore_eos": true,
+                       "temperature": 0, "stream": true})"));
+  ASSERT_EQ(status_of(client.receive(30, true)), 200) << server.log();
   RawClient waiting(server.port());
   server.signal(SIGTERM);
   ASSERT_TRUE(server.wait_for_log("no new requests"));
   waiting.send(get("/health"));
+  const std::string health = waiting.receive(30);
+  EXPECT_EQ(status_of(health), 503) << health;
+  EXPECT_NE(health.find("shutting down"), std::string::npos) << health;
   std::string rest;
   for (std::string more; !(more = client.receive(30)).empty();) rest += more;
   EXPECT_NE(rest.find("\"finish_reason\":\"length\""), std::string::npos);
   EXPECT_NE(rest.find("[DONE]"), std::string::npos);
   EXPECT_EQ(server.exit_code(), 0);
-  const std::string health = waiting.receive(1);
-  EXPECT_TRUE(health.empty() || status_of(health) == 503) << health;
 }
 
 // Nobody takes half an answer for a whole one.
 TEST(Serve, CutsOffAfterTheTimeout) {
-  Server server({"-m", model_folder(), "-t", "1", "--port", "0", "--drain-timeout", "0"});
+  Server server({"-m", model_folder(), "-t", "1", "--port", "0", "--drain-timeout", "1"});
   ASSERT_TRUE(server.ready()) << server.log();
-  const std::string endless =
-      R"({"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": true, "n": 8)";
   RawClient stream(server.port()), whole(server.port());
-  whole.send(post("/v1/completions", endless + "}"));
-  stream.send(post("/v1/completions", endless + R"(, "stream": true})"));
+  whole.send(post("/v1/completions", kEndless + "}"));
+  stream.send(post("/v1/completions", kEndless + R"(, "stream": true})"));
   ASSERT_EQ(status_of(stream.receive(30, true)), 200);
   server.signal(SIGTERM);
+  const double begin = monotonic_seconds();
   std::string rest;
   for (std::string more; !(more = stream.receive(30)).empty();) rest += more;
-  EXPECT_NE(rest.find("\"error\""), std::string::npos) << rest;
-  EXPECT_NE(rest.find("shutting_down"), std::string::npos) << rest;
+  EXPECT_NE(rest.find("\"error\""), std::string::npos) << rest.substr(0, 1000);
+  EXPECT_NE(rest.find("shutting_down"), std::string::npos);
   EXPECT_EQ(rest.find("[DONE]"), std::string::npos);
   EXPECT_EQ(rest.find("\"finish_reason\":\"length\""), std::string::npos);
   const std::string answer = whole.receive(30);
   EXPECT_EQ(status_of(answer), 503) << answer;
   EXPECT_EQ(server.exit_code(), 0);
   EXPECT_NE(server.log().find("some requests were cut off"), std::string::npos) << server.log();
+  EXPECT_GE(monotonic_seconds() - begin, 1);
+  EXPECT_LT(monotonic_seconds() - begin, 15) << "a second each to drain and to say so";
 }
 
 TEST(Serve, SecondSignalEndsAtOnce) {
-  Server server({"-m", model_folder(), "-t", "1", "--port", "0"});
+  Server server({"-m", model_folder(), "-t", "1", "--port", "0", "--drain-timeout", "600"});
   ASSERT_TRUE(server.ready()) << server.log();
   RawClient client(server.port());
-  client.send(kLong);
+  client.send(post("/v1/completions", kEndless + R"(, "stream": true})"));
   ASSERT_EQ(status_of(client.receive(30, true)), 200);
   server.signal(SIGTERM);
   ASSERT_TRUE(server.wait_for_log("no new requests"));
+  const double begin = monotonic_seconds();
   server.signal(SIGTERM);
-  const int code = server.exit_code();
-  // The requests may have been faster than the second signal.
-  EXPECT_TRUE(code == 128 + SIGTERM || code == 0) << code;
+  EXPECT_EQ(server.exit_code(), 128 + SIGTERM);
+  EXPECT_LT(monotonic_seconds() - begin, 10);
 }
 
 TEST(Serve, LogsEscapeAndHidePrompts) {
@@ -160,6 +166,55 @@ TEST(Serve, LogsEscapeAndHidePrompts) {
   EXPECT_EQ(server.log().find("private"), std::string::npos);
   EXPECT_EQ(server.log().find('\x1b'), std::string::npos);
   EXPECT_EQ(without_ids(body_of(server.ask(good))), before);
+}
+
+// Each line of a text; they are parsed, so that what is no JSON fails the test.
+std::vector<Json> json_lines(const std::string& text) {
+  std::vector<Json> lines;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) {
+    if (!Json::accept(line)) {
+      ADD_FAILURE() << "no JSON: " << line;
+    } else {
+      lines.push_back(Json::parse(line));
+      EXPECT_TRUE(lines.back().is_object()) << line;
+    }
+  }
+  return lines;
+}
+
+// From the first line to the last, whoever writes it.
+TEST(Serve, EveryLineOfAJsonLogIsAnObject) {
+  const std::string folder = model_folder() + "-no-tokenizer";
+  std::filesystem::copy(model_folder(), folder, std::filesystem::copy_options::recursive);
+  std::filesystem::remove(folder + "/tokenizer.json");
+  Json config = load_json(folder + "/config.json");
+  config["auto_map"] = {{"AutoModel", "x.py"}};
+  std::ofstream(folder + "/config.json") << config;
+  const std::vector<std::string> flags = {"-m", folder, "-t", "1", "--port", "0"};
+  Server server(flags, {{"INDEXCACHE_LOG_FORMAT", "json"}});
+  ASSERT_TRUE(server.ready()) << server.log();
+  server.ask(post("/v1/completions", R"({"prompt": [5, 6, 7], "max_tokens": 2})"));
+  server.ask(get("/nowhere"));
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.exit_code(), 0);
+  std::map<std::string, int> events;
+  for (const Json& line : json_lines(server.log())) ++events[line.value("event", "(none)")];
+  EXPECT_EQ(events["request"], 2);
+  EXPECT_GE(events["info"], 4) << "what the engine is, and that auto_map is ignored";
+  for (const char* event : {"warning", "listening", "ready", "draining", "stopped"})
+    EXPECT_EQ(events[event], 1) << event << server.log();
+
+  // What ends the program before it serves, too.
+  for (const char* wrong : {"--host", "--indexers"}) {
+    const ProgramResult result =
+        run_program({"serve", "-m", folder, "--port", "0", "--log-format", "json", wrong, "/x"});
+    EXPECT_EQ(result.exit_code, 1);
+    const std::vector<Json> lines = json_lines(result.err);
+    ASSERT_FALSE(lines.empty());
+    EXPECT_EQ(lines.back()["event"], "error") << result.err;
+  }
+  std::filesystem::remove_all(folder);
 }
 
 // Asked for, a prompt stays on its line whatever it holds, and so does every other text of a

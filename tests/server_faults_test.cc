@@ -5,73 +5,15 @@
 #include <sys/resource.h>
 
 #include <atomic>
-#include <cmath>
 #include <filesystem>
 #include <fstream>
 
 #include "base/rng.h"
 #include "checkpoint/test_files.h"
-#include "tests/server_process.h"
+#include "tests/server_requests.h"
 
 namespace indexcache {
 namespace {
-
-std::string request_of(const std::vector<int32_t>& prompt, int max_tokens, bool stream = false) {
-  return post("/v1/completions", Json{{"prompt", prompt},
-                                      {"max_tokens", max_tokens},
-                                      {"temperature", 0},
-                                      {"ignore_eos", true},
-                                      {"logprobs", 2},
-                                      {"stream", stream}}
-                                     .dump());
-}
-
-std::vector<int32_t> tokens_of(uint64_t seed, int64_t length) {
-  Rng rng(seed);
-  std::vector<int32_t> tokens(static_cast<size_t>(length));
-  for (int32_t& token : tokens) token = static_cast<int32_t>(10 + rng.below(400));
-  return tokens;
-}
-
-const std::string kGood = request_of(tokens_of(1, 40), 12);
-
-std::vector<std::string> with(const std::vector<std::string>& flags) {
-  std::vector<std::string> all = {"-m", model_folder(), "-t", "1", "--port", "0"};
-  all.insert(all.end(), flags.begin(), flags.end());
-  return all;
-}
-
-double metric(Server& server, const std::string& name) {
-  const std::string text = server.ask(get("/metrics"));
-  const size_t at = text.find("\n" + name + "{");
-  if (at == std::string::npos) return NAN;
-  return std::stod(text.substr(text.find("} ", at) + 2));
-}
-
-// What was answered, without how much of the prompt was in the cache.
-std::string choices(const std::string& answer) {
-  EXPECT_EQ(status_of(answer), 200) << answer;
-  return parse_json(body_of(answer), "answer")["choices"].dump();
-}
-
-std::string good(Server& server) { return choices(server.ask(kGood)); }
-
-// All of it is over: nothing runs, every page is free, and the good request is what it was.
-void expect_recovered(Server& server, const std::string& before) {
-  for (int i = 0; i < 500 && metric(server, "vllm:num_requests_running") +
-                                     metric(server, "vllm:num_requests_waiting") >
-                                 0;
-       ++i)
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  EXPECT_EQ(metric(server, "vllm:num_requests_running"), 0);
-  EXPECT_EQ(metric(server, "vllm:num_requests_waiting"), 0);
-  EXPECT_EQ(metric(server, "indexcache_cache_free_pages"),
-            metric(server, "indexcache_cache_pages"));
-  EXPECT_EQ(good(server), before);
-  EXPECT_EQ(status_of(server.ask(get("/health"))), 200);
-  server.signal(SIGTERM);
-  EXPECT_EQ(server.exit_code(), 0);
-}
 
 TEST(ServeFaults, TooManyAreRefusedAndTheRestAreAnsweredAsIfAlone) {
   Server server(with({"--deterministic", "--max-running", "2", "--max-waiting", "2"}));
@@ -152,6 +94,31 @@ TEST(ServeFaults, ClientsThatLeaveAtAnyMoment) {
   expect_recovered(server, before);
 }
 
+// Whoever takes nothing of what is sent is given up, and computed for no longer.
+TEST(ServeFaults, ClientsThatDoNotReadTheirStream) {
+  Server server(with({"--deterministic", "--write-timeout", "0.5"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  const std::string before = good(server);
+  constexpr int kClients = 2, kChoices = 32;
+  const std::string endless =
+      post("/v1/completions", fmt::format(R"({{"prompt": [5, 6, 7], "max_tokens": 4000, "n": {},
+                                          "ignore_eos": true, "logprobs": 20, "stream": true}})",
+                                          kChoices));
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (int i = 0; i < kClients; ++i) {
+    clients.push_back(std::make_unique<RawClient>(server.port()));
+    const int few = 4096;
+    setsockopt(clients.back()->fd(), SOL_SOCKET, SO_RCVBUF, &few, sizeof few);
+    clients.back()->send(endless);
+  }
+  constexpr int kCancelled = kClients * kChoices;
+  for (int i = 0; i < 12000 && metric(server, "indexcache_requests_cancelled_total") < kCancelled;
+       ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_EQ(metric(server, "indexcache_requests_cancelled_total"), kCancelled);
+  expect_recovered(server, before);
+}
+
 // The weights have NaN in the embedding of one token: who uses it gets an error, nobody else does.
 TEST(ServeFaults, APoisonedRequestFailsAlone) {
   constexpr int kPoisoned = 7;
@@ -215,11 +182,25 @@ TEST(ServeFaults, TheEngineFails) {
     EXPECT_EQ(status_of(health), 503) << health;
     EXPECT_NE(health.find("broken"), std::string::npos) << health;
   }
+  EXPECT_TRUE(server.wait_for_log("the engine failed: ")) << server.log();
   EXPECT_EQ(metric(server, "indexcache_engine_healthy"), 0);
   EXPECT_EQ(metric(server, "indexcache_cache_free_pages"),
             metric(server, "indexcache_cache_pages"));
   server.signal(SIGTERM);
   EXPECT_EQ(server.exit_code(), 1);
+}
+
+// Who waits for an answer hears of the fault; who only stays connected holds up nothing.
+TEST(ServeFaults, TheEngineFailsAndTheServerEnds) {
+  Server server(with({"--force", "matmul=broken", "--exit-on-fault"}));
+  ASSERT_TRUE(server.ready()) << server.log();
+  RawClient idle(server.port());
+  EXPECT_TRUE(idle.connected());
+  const std::string stream =
+      server.ask(post("/v1/completions", R"({"prompt": [5, 6, 7], "n": 3, "stream": true})"));
+  EXPECT_NE(stream.find("engine_fault"), std::string::npos) << stream;
+  EXPECT_EQ(server.exit_code(), 1) << server.log();
+  EXPECT_NE(server.log().find("the engine failed: "), std::string::npos) << server.log();
 }
 
 // Half of the descriptors are for connections; those that have been idle the longest make room.
@@ -300,13 +281,18 @@ TEST(ServeFaults, TheClockJumps) {
   expect_recovered(server, before);
 }
 
+// Loading hangs where it reads config.json, as on a file system whose server is gone.
 TEST(ServeFaults, SignalWhileLoading) {
-  Server server(with({}));
-  ASSERT_TRUE(server.wait_for_log("listening")) << server.log();
-  server.signal(SIGTERM);
-  const int code = server.exit_code();
-  // A small model may be there before the signal.
-  EXPECT_TRUE(code == 128 + SIGTERM || code == 0) << code << server.log();
+  const auto size = std::filesystem::file_size(model_folder() + "/config.json");
+  for (const int number : {SIGTERM, SIGINT}) {
+    Server server(with({}), {}, [&] { hang_reads(static_cast<uint32_t>(size)); });
+    ASSERT_TRUE(server.listening()) << server.log();
+    const std::string health = server.ask(get("/health"));
+    EXPECT_EQ(status_of(health), 503);
+    EXPECT_NE(health.find("being loaded"), std::string::npos) << health;
+    server.signal(number);
+    EXPECT_EQ(server.exit_code(), 128 + number) << server.log();
+  }
 }
 
 TEST(ServeFaults, TooLittleMemoryIsSaidBeforeItIsTaken) {

@@ -59,13 +59,14 @@ class Server {
     }
     return false;
   }
-  bool ready() {
-    if (!wait_for_log("serving ")) return false;
+  bool listening() {
+    constexpr const char* kWhere = "listening on http://127.0.0.1:";
+    if (!wait_for_log(kWhere)) return false;
     const std::string text = log();
-    const size_t at = text.find("listening on http://127.0.0.1:");
-    port_ = static_cast<uint16_t>(std::stoi(text.substr(at + 30)));
+    port_ = static_cast<uint16_t>(std::stoi(text.substr(text.find(kWhere) + strlen(kWhere))));
     return true;
   }
+  bool ready() { return listening() && wait_for_log("serving "); }
   std::string log() const { return read_fd(log_); }
   uint16_t port() const { return port_; }
   std::string ask(const std::string& request) {

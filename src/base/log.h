@@ -10,6 +10,11 @@ namespace indexcache {
 
 void log_line(const char* prefix, const std::string& text);
 
+// What makes a line of its prefix ("" or "warning: ") and text, for who reads them by program; null
+// puts them together. To be set before there are other threads.
+using LogFormat = std::string (*)(const std::string& prefix, const std::string& text);
+void set_log_format(LogFormat format);
+
 // Off in tests and fuzzers, which provoke warnings by the thousand.
 void set_log_enabled(bool enabled);
 

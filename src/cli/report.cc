@@ -52,7 +52,7 @@ void print_engine(const Engine& engine) {
       "threads",
       format_bytes(engine.memory.total()), format_bytes(engine.memory.weights_bytes),
       format_bytes(engine.memory.owned_bytes), format_bytes(engine.memory.cache_bytes),
-      engine.memory.context, engine.memory.cache_bytes_per_token,
+      engine.memory.cache_tokens, engine.memory.cache_bytes_per_token,
       format_bytes(engine.memory.activation_bytes + engine.memory.workspace_bytes),
       engine.exec.pool.num_threads());
 }

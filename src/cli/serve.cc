@@ -10,9 +10,12 @@
 #include <ctime>
 #include <filesystem>
 #include <memory>
-#include <optional>
+#include <new>
+#include <semaphore>
+#include <stdexcept>
 #include <thread>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "cli/layered_flags.h"
 #include "cli/options.h"
@@ -30,7 +33,7 @@ struct ServeFlags {
   HttpServerOptions http;
   SchedulerOptions scheduler;
   double drain_timeout = 30;
-  bool no_prefix_cache = false, no_access_log = false;
+  bool no_prefix_cache = false, no_access_log = false, exit_on_fault = false;
 };
 
 std::string name_of(const std::string& model_folder) {
@@ -55,18 +58,43 @@ int wait_for_stop_signal() {
   return signal;
 }
 
-// The second signal ends the program at once, and so does one while the model is loaded.
-void leave_on_next_signal() {
-  std::thread([] { _exit(128 + wait_for_stop_signal()); }).detach();
+// What the main thread waits for once the model is served.
+struct StopWait {
+  std::atomic<bool> loaded{false}, signalled{false};
+  std::counting_semaphore<> semaphore{0};
+};
+
+// The first signal is told, if there is anything to wait for; the second ends the program at once,
+// and so does one while the model is loaded.
+void heed_stop_signals(std::shared_ptr<StopWait> wait) {
+  std::thread([wait = std::move(wait)] {
+    const int first = wait_for_stop_signal();
+    if (!wait->loaded) _exit(128 + first);
+    wait->signalled = true;
+    wait->semaphore.release();
+    _exit(128 + wait_for_stop_signal());
+  }).detach();
+}
+
+// What the server writes itself is an object already.
+std::string json_line(const std::string& prefix, const std::string& text) {
+  if (prefix.empty() && text.starts_with('{') && Json::accept(text)) return text;
+  return event_line({.json = true}, prefix.empty() ? "info" : "warning", text);
+}
+
+void say_error(const ServeFlags& flags, const std::string& text) {
+  const bool json = flags.log_format == "json";
+  fmt::print(stderr, "{}\n", json ? event_line({.json = true}, "error", text) : "error: " + text);
 }
 
 int serve(CLI::App* command, ServeFlags& flags) {
   if (const char* file = std::getenv("INDEXCACHE_CONFIG"); file && flags.config.empty())
     flags.config = file;
   fill_from_environment_and_file(command, flags.config);
+  flags.http.log.json = flags.log_format == "json";
+  if (flags.http.log.json) set_log_format(json_line);
   if (flags.common.model.empty()) {
-    fmt::print(stderr,
-               "error: --model is missing (flag, INDEXCACHE_MODEL or \"model\" in --config)\n");
+    say_error(flags, "--model is missing (flag, INDEXCACHE_MODEL or \"model\" in --config)");
     return 2;
   }
   // An empty key would let everyone in while it looks as if it did not.
@@ -75,7 +103,6 @@ int serve(CLI::App* command, ServeFlags& flags) {
   // More answers than the batch and the queue hold could never be taken together.
   int64_t& num_choices = flags.app.limits.num_choices;
   num_choices = std::min(num_choices, flags.scheduler.max_running + flags.scheduler.max_waiting);
-  flags.http.log.json = flags.log_format == "json";
   flags.http.access_log = !flags.no_access_log;
   const auto say = [&](const std::string& event, const std::string& text) {
     info("{}", event_line(flags.http.log, event, text));
@@ -92,27 +119,15 @@ int serve(CLI::App* command, ServeFlags& flags) {
   server.start();
   say("listening", fmt::format("listening on http://{}:{}", flags.http.host, server.port()));
 
-  // Until it is served, a signal has nothing to wait for.
   const RunOptions options = run_options(flags.common);
-  std::atomic<bool> loaded{false};
-  std::thread signal_thread([&] {
-    const int first = wait_for_stop_signal();
-    if (!loaded) _exit(128 + first);
-    leave_on_next_signal();
-  });
-  struct Join {
-    std::thread& thread;
-    ~Join() {
-      // Loading failed: the thread still waits.
-      if (thread.joinable()) thread.detach();
-    }
-  } join{signal_thread};
-
+  const auto wait = std::make_shared<StopWait>();
+  heed_stop_signals(wait);
   const ModelSource source = open_model(flags.common.model);
   Engine engine(source, options);
   print_engine(engine);
   flags.scheduler.prefix_cache = !flags.no_prefix_cache;
   flags.scheduler.chunk_tokens = std::min(flags.scheduler.chunk_tokens, options.batch_tokens);
+  flags.scheduler.on_fault = [wait] { wait->semaphore.release(); };
   Scheduler scheduler(engine, flags.scheduler);
   SchedulerGenerator generator(scheduler);
 
@@ -127,21 +142,27 @@ int serve(CLI::App* command, ServeFlags& flags) {
   } else {
     warn("{}: no tokenizer.json: only token ids are taken", printable(flags.common.model, 400));
   }
-  model->context = engine.memory.context;
+  model->context = max_request_tokens(engine);
   model->vocab_size = engine.model.config.vocab_size;
   model->eos_tokens = engine.model.config.eos_token_id;
   model->plan = to_string(engine.model.plan);
   model->started = time(nullptr);
   const std::string name = model->name;
   app.set_model(std::move(model));
-  loaded = true;
+  wait->loaded = true;
   say("ready", fmt::format("serving {} with plan {}", name, to_string(engine.model.plan)));
 
-  signal_thread.join();
+  for (wait->semaphore.acquire(); !wait->signalled; wait->semaphore.acquire()) {
+    try {
+      say("fault", "the engine failed: " + scheduler.stats().fault);
+    } catch (const std::bad_alloc&) {  // which may be the fault: /health says it as well
+    }
+    if (flags.exit_on_fault) break;
+  }
+  app.set_draining();
   say("draining",
       fmt::format("no new requests; up to {} s for {} running and {} waiting", flags.drain_timeout,
                   scheduler.stats().running, scheduler.stats().waiting));
-  app.set_draining();
   const bool done = scheduler.drain(flags.drain_timeout);
   // Clients have to hear how their answers ended before their connections do.
   scheduler.stop();
@@ -204,12 +225,16 @@ void add_serve_command(CLI::App* program, int* exit_code) {
   command->add_flag("--no-prefix-cache", flags->no_prefix_cache,
                     "Compute every prompt from its first token");
   command->add_flag("--deterministic", flags->scheduler.deterministic,
-                    "The same request gives the same bytes whatever else is in the batch");
+                    "The same request gives the same bytes whatever else is in the batch: those of "
+                    "this machine's CPU implementations, which differ from another's");
   command
       ->add_option("--drain-timeout", flags->drain_timeout,
                    "Seconds that running requests get after SIGTERM")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str();
+  command->add_flag("--exit-on-fault", flags->exit_on_fault,
+                    "End with status 1 after a fault of the engine, for a supervisor to start "
+                    "again; else /health says why until the server is stopped");
   ServerLimits& limits = flags->app.limits;
   command->add_option("--max-body-bytes", limits.body_bytes, "Bytes of a request's body")
       ->check(CLI::Range(1024, 1 << 30))
@@ -246,7 +271,14 @@ void add_serve_command(CLI::App* program, int* exit_code) {
       ->capture_default_str();
   command->add_flag("--log-prompts", flags->http.log.prompts, "Prompts in the log");
   command->add_flag("--no-access-log", flags->no_access_log, "No line for each request");
-  command->callback([command, flags, exit_code] { *exit_code = serve(command, *flags); });
+  command->callback([command, flags, exit_code] {
+    try {
+      *exit_code = serve(command, *flags);
+    } catch (const std::runtime_error& error) {
+      say_error(*flags, error.what());
+      *exit_code = 1;
+    }
+  });
 }
 
 }  // namespace indexcache

@@ -12,9 +12,6 @@ namespace indexcache {
 
 namespace {
 
-// Logits of one step: with prompt logprobs every row has some, so chunks are cut to fit.
-constexpr int64_t kLogitBytes = 64 << 20;
-
 uint64_t secret_seed() {
   std::random_device device;
   return static_cast<uint64_t>(device()) << 32 | device();
@@ -25,10 +22,6 @@ bool contains(const std::vector<int32_t>& tokens, int32_t token) {
 }
 
 }  // namespace
-
-int64_t max_request_tokens(const Engine& engine) {
-  return std::min(engine.memory.context, engine.cache.shape().num_pages * kPageTokens);
-}
 
 RequestBatch::RequestBatch(Engine& engine, const SchedulerOptions& options)
     : engine_(engine),
@@ -179,7 +172,7 @@ void RequestBatch::plan_rows() {
   int64_t step_rows = std::min(options_.chunk_tokens, engine_.activations.max_tokens);
   if (num_decoding > 0) step_rows = std::min(step_rows, num_decoding + options_.mixed_chunk_tokens);
   const int64_t logit_rows = std::max<int64_t>(
-      1, kLogitBytes / 4 / vocab / std::max<int64_t>(num_with_prompt_logprobs, 1));
+      1, options_.logit_bytes / 4 / vocab / std::max<int64_t>(num_with_prompt_logprobs, 1));
 
   std::vector<PrefixCache::Key> under_way;
   std::vector<RowDemand> demands;

@@ -127,7 +127,4 @@ class RequestBatch {
   std::vector<PendingEvent> events_;
 };
 
-// Tokens that one request may have in the cache.
-int64_t max_request_tokens(const Engine& engine);
-
 }  // namespace indexcache

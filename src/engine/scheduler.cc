@@ -21,6 +21,7 @@ void check_options(const SchedulerOptions& options) {
   check("max_waiting", options.max_waiting, 0);
   check("chunk_tokens", options.chunk_tokens, 1);
   check("mixed_chunk_tokens", options.mixed_chunk_tokens, 1);
+  check("logit_bytes", options.logit_bytes, 1);
 }
 
 void check_tokens(const char* what, const std::vector<int32_t>& tokens, int64_t vocab) {
@@ -49,6 +50,10 @@ void check_request(const GenerationRequest& request, int64_t vocab) {
 }
 
 }  // namespace
+
+int64_t max_request_tokens(const Engine& engine) {
+  return std::min(engine.memory.context, engine.cache.shape().num_pages * kPageTokens);
+}
 
 struct Scheduler::State {
   State(Engine& engine_in, const SchedulerOptions& options_in)
@@ -113,6 +118,7 @@ void Scheduler::State::run() {
     } catch (const std::exception& error) {
       set_fault(error);
       end_all(FinishReason::kEngineFault, stats.fault);
+      if (options.on_fault) options.on_fault();
     }
   }
   end_all(FinishReason::kDrained, "the server stops");

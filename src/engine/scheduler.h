@@ -64,10 +64,14 @@ struct SchedulerOptions {
   int64_t max_waiting = 256;         // requests in the queue; more are refused
   int64_t chunk_tokens = 512;        // rows of one step, at most the engine's batch_tokens
   int64_t mixed_chunk_tokens = 256;  // rows that prompts have in a step in which others decode
+  // Logits of one step: with prompt logprobs every row has some, so their chunks are cut to fit.
+  int64_t logit_bytes = 64 << 20;
   bool prefix_cache = true;
   // A request's bits do not depend on what else is in the batch, on chunks, on cached beginnings or
   // on preemption (Exec::batch_invariant). They are those of this machine's implementations.
   bool deterministic = false;
+  // Called on the engine's thread once a fault has ended all requests; must not throw.
+  std::function<void()> on_fault;
 };
 
 // Why a request was not taken. kTooLong never fits; the others may be tried again after
@@ -90,6 +94,9 @@ struct SchedulerStats {
   ForwardTimes times;  // summed
   std::string fault;   // empty: healthy
 };
+
+// Tokens of one request, prompt and answer: what the context allows and the whole cache holds.
+int64_t max_request_tokens(const Engine& engine);
 
 class Scheduler {
  public:

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <thread>
 
 #include "base/rng.h"
@@ -77,6 +78,56 @@ TEST(Deterministic, F32BitsDoNotDependOnTheBatch) {
 
 TEST(Deterministic, BF16BitsDoNotDependOnTheBatch) {
   expect_same_bits_everywhere(small_model("FFSFS"), ComputeChoice::kBF16);
+}
+
+// As many at once as a server takes, most of whose prompts begin as another's does, in batches and
+// chunks of any size: each as if alone.
+TEST(Deterministic, BatchesOf2To64WithSharedBeginnings) {
+  constexpr uint64_t kSeed = 20261130;
+  SCOPED_TRACE(fmt::format("seed {}", kSeed));
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options(ComputeChoice::kBF16);
+  options.cache_tokens = 64 * 320;
+  std::vector<GenerationRequest> requests;
+  for (uint64_t i = 0; i < 64; ++i) {
+    // A quarter begin with one text, a quarter with the next, and so on.
+    GenerationRequest request = scored_request(600 + i, 1 + static_cast<int64_t>(i * 37 % 90), 12);
+    const std::vector<int32_t> beginning = small_tokens(700 + i % 4, 64 * (i % 4));
+    request.prompt.insert(request.prompt.begin(), beginning.begin(), beginning.end());
+    if (i % 8 == 5) request.num_prompt_logprobs = 1;
+    requests.push_back(std::move(request));
+  }
+  Engine engine(source, options);
+  std::vector<ClientAnswer> alone;
+  {
+    Scheduler scheduler(engine, {.prefix_cache = false, .deterministic = true});
+    for (const GenerationRequest& request : requests)
+      alone.push_back(answer_of(scheduler, request));
+  }
+  Rng rng(kSeed);
+  int64_t num_hits = 0;
+  for (const int64_t batch : {2, 3, 5, 8, 16, 33, 64}) {
+    for (int trial = 0; trial < 2; ++trial) {
+      SchedulerOptions some{.max_running = batch, .deterministic = true};
+      some.chunk_tokens = 1 + static_cast<int64_t>(rng.below(256));
+      some.mixed_chunk_tokens = 1 + static_cast<int64_t>(rng.below(256));
+      some.logit_bytes = static_cast<int64_t>(4 * kSmallVocab * (1 + rng.below(200)));
+      const std::string what =
+          fmt::format("batch {} chunk {} mixed {} logits {}", batch, some.chunk_tokens,
+                      some.mixed_chunk_tokens, some.logit_bytes);
+      std::vector<size_t> order(requests.size());
+      std::iota(order.begin(), order.end(), size_t{0});
+      for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.below(i)]);
+      std::vector<GenerationRequest> shuffled;
+      for (const size_t i : order) shuffled.push_back(requests[i]);
+      Scheduler scheduler(engine, some);
+      const std::vector<ClientAnswer> together = answers_of(scheduler, shuffled);
+      for (size_t i = 0; i < order.size(); ++i)
+        expect_same_bits(together[i], alone[order[i]], fmt::format("{} {}", order[i], what));
+      num_hits += scheduler.stats().prefix_hit_tokens;
+    }
+  }
+  EXPECT_GT(num_hits, 7 * 2 * 64 * 10) << "a weak test";
 }
 
 // --- poison

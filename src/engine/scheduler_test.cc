@@ -332,6 +332,75 @@ TEST(RequestBatch, ALongPromptHoldsUpNobody) {
   EXPECT_EQ(decoding->num_generated(), 1 + num_steps);
 }
 
+// Chunks whose prompts' logprobs are wanted are cut where their logits would take too much memory.
+TEST(RequestBatch, LogitsAreBoundedAndPromptLogprobsTheSame) {
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options();
+  options.cache_tokens = 4096;
+  Engine engine(source, options);
+  engine.exec.batch_invariant = true;
+  const auto run = [&](int64_t logit_bytes, int64_t* num_steps) {
+    Steps steps(engine, {.logit_bytes = logit_bytes});
+    std::vector<std::vector<TokenLogprob>> logprobs(2);
+    for (const uint64_t seed : {30, 31}) {
+      GenerationRequest request = request_of(small_tokens(seed, 150), 1);
+      request.num_prompt_logprobs = 2;
+      steps.add(request);
+    }
+    steps.add(request_of(small_tokens(32, 300), 30));  // has logits of one row a step
+    for (*num_steps = 0; !steps.batch.idle(); ++*num_steps) {
+      for (PendingEvent& pending : steps.batch.step()) {
+        if (pending.event.kind == Kind::kPromptDone && pending.request->id <= 2)
+          logprobs[pending.request->id - 1] = pending.event.prompt_logprobs;
+      }
+    }
+    return logprobs;
+  };
+  int64_t uncut_steps = 0, cut_steps = 0;
+  const auto uncut = run(SchedulerOptions().logit_bytes, &uncut_steps);
+  constexpr int64_t kRows = 6;  // 3 for each of the two
+  const auto cut = run(kRows * 4 * kSmallVocab, &cut_steps);
+  EXPECT_LE(uncut_steps, 31);
+  EXPECT_GE(cut_steps, 150 / 3);
+  for (size_t i = 0; i < 2; ++i) {
+    ASSERT_EQ(uncut[i].size(), 149u);
+    EXPECT_TRUE(same_bits(cut[i], uncut[i])) << i;
+  }
+  // Not even one row fits: it goes on by one.
+  const auto least = run(1, &cut_steps);
+  EXPECT_GE(cut_steps, 150);
+  EXPECT_TRUE(same_bits(least[1], uncut[1]));
+}
+
+TEST(RequestBatch, WhoIsCancelledHasNoPagesAfterTheNextStep) {
+  const ModelSource source = small_model("FFSFS");
+  RunOptions options = scheduler_engine_options();
+  options.cache_tokens = 4096;
+  Engine engine(source, options);
+  for (const bool prefix_cache : {true, false}) {
+    Steps steps(engine, {.chunk_tokens = 64, .prefix_cache = prefix_cache});
+    const auto stays = steps.add(request_of(small_tokens(40, 100), 200));
+    const auto decodes = steps.add(request_of(small_tokens(41, 100), 200));
+    while (decodes->num_generated() == 0) steps.batch.step();
+    const auto in_prompt = steps.add(request_of(small_tokens(42, 900), 1));
+    steps.batch.step();
+    const auto waits = steps.add(request_of(small_tokens(43, 10), 1));
+    ASSERT_GT(in_prompt->cache.num_tokens, 0);
+    ASSERT_LT(in_prompt->cache.num_tokens, 900);
+    const int64_t pages = steps.stats().pages, stays_with = 2;
+    ASSERT_LT(steps.stats().free_pages, pages - 2 * stays_with);
+    decodes->ended = in_prompt->ended = waits->ended = true;
+    const std::vector<PendingEvent> events = steps.batch.step();
+    EXPECT_EQ(steps.stats().free_pages, pages - stays_with) << prefix_cache;
+    EXPECT_EQ(steps.stats().running + steps.stats().waiting, 1);
+    for (const PendingEvent& pending : events) EXPECT_EQ(pending.request, stays);
+    stays->ended = true;
+    EXPECT_TRUE(steps.batch.step().empty());
+    EXPECT_EQ(steps.stats().free_pages, pages);
+    EXPECT_TRUE(steps.batch.idle());
+  }
+}
+
 TEST(RequestBatch, EqualPromptsAtOnceAreComputedOnce) {
   const ModelSource source = small_model("FFSFS");
   RunOptions options = scheduler_engine_options();
