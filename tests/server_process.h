@@ -85,9 +85,13 @@ class Server {
     if (clock_getcpuclockid(child_, &clock) == 0) clock_gettime(clock, &used);
     return static_cast<double>(used.tv_sec) + static_cast<double>(used.tv_nsec) * 1e-9;
   }
+  // One that goes on for a minute is killed.
   int exit_code() {
     int status = 0;
-    waitpid(child_, &status, 0);
+    for (int i = 0; waitpid(child_, &status, WNOHANG) == 0; ++i) {
+      if (i == 6000) ::kill(child_, SIGKILL);
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     child_ = -1;
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
