@@ -48,12 +48,15 @@ void print_engine(const Engine& engine) {
          engine.adapter->plan);
   }
   info(
-      "memory: {} = weights {} + copies {} + cache {} ({} tokens, {} B each) + activations {}; {} "
-      "threads",
+      "memory: {} = weights {} + copies {} + cache {} ({} tokens, {} B each) + activations {}, of "
+      "{} "
+      "{}; {} threads",
       format_bytes(engine.memory.total()), format_bytes(engine.memory.weights_bytes),
       format_bytes(engine.memory.owned_bytes), format_bytes(engine.memory.cache_bytes),
       engine.memory.cache_tokens, engine.memory.cache_bytes_per_token,
       format_bytes(engine.memory.activation_bytes + engine.memory.workspace_bytes),
+      format_bytes(engine.memory.available_bytes),
+      engine.exec.device == Device::kCuda ? "free on the GPU" : "available",
       engine.exec.pool.num_threads());
 }
 

@@ -35,9 +35,10 @@ int64_t resolve_cache_tokens(int64_t wanted, int64_t context) {
 
 // Mapped weights need no memory of their own to start, but without them in memory every token reads
 // the disk.
-void check_memory(const MemoryPlan& plan, bool weights_in_memory, Device device) {
+void check_memory(MemoryPlan& plan, bool weights_in_memory, Device device) {
   const bool gpu = device == Device::kCuda;
   uint64_t available = gpu ? cuda_free_bytes() : available_memory_bytes();
+  plan.available_bytes = available;
   if (available == 0 && !gpu) return;
   if (weights_in_memory && !gpu) available += plan.weights_bytes;
   if (plan.total() <= available) return;

@@ -49,6 +49,7 @@ struct MemoryPlan {
   uint64_t cache_bytes = 0;       // at `cache_tokens` tokens
   uint64_t activation_bytes = 0;  // at `batch_tokens`
   uint64_t workspace_bytes = 0;   // on a GPU: what ops take beside
+  uint64_t available_bytes = 0;   // found by an Engine before it took any; 0: unknown
   int64_t cache_bytes_per_token = 0;
   int64_t context = 0;
   int64_t cache_tokens = 0;
