@@ -48,9 +48,8 @@ void print_engine(const Engine& engine) {
          engine.adapter->plan);
   }
   info(
-      "memory: {} = weights {} + copies {} + cache {} ({} tokens, {} B each) + activations {}, of "
-      "{} "
-      "{}; {} threads",
+      "memory: {} = weights {} + copies {} + cache {} ({} tokens, {} B each) + activations {}, "
+      "of {} {}; {} threads",
       format_bytes(engine.memory.total()), format_bytes(engine.memory.weights_bytes),
       format_bytes(engine.memory.owned_bytes), format_bytes(engine.memory.cache_bytes),
       engine.memory.cache_tokens, engine.memory.cache_bytes_per_token,

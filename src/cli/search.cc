@@ -52,6 +52,12 @@ int full_layers_of(const std::string& text, int num_layers) {
   fail("--keep {}: expected a share as 1/4, or 1 to {} full layers", printable(text), num_layers);
 }
 
+// What --keep says; without it a quarter, or as few as a --budget allows.
+int least_full_layers(const SearchFlags& flags, int num_layers) {
+  if (!flags.keep.empty()) return full_layers_of(flags.keep, num_layers);
+  return flags.budget.empty() ? full_layers_of("1/4", num_layers) : 1;
+}
+
 // "0.5%" as 0.005.
 double budget_of(const std::string& text) {
   double percent = 0;
@@ -157,10 +163,7 @@ size_t steps_to(const PlanFile& file, const SearchFlags& flags) {
   const auto num_full = [&](size_t step) {
     return plan_from_string(file.steps[step].plan, num_layers, flags.take).num_full();
   };
-  const int wanted = full_layers_of(!flags.keep.empty()    ? flags.keep
-                                    : flags.budget.empty() ? "1/4"
-                                                           : "1",
-                                    num_layers);
+  const int wanted = least_full_layers(flags, num_layers);
   size_t count = 0;
   if (!flags.budget.empty()) {
     const double all_full =
@@ -302,10 +305,7 @@ int search(const SearchFlags& flags) {
   const ModelSource source = open_model(flags.common.model);
   const int num_layers = static_cast<int>(source.config.num_hidden_layers);
   SearchOptions options;
-  options.keep_full = full_layers_of(!flags.keep.empty()    ? flags.keep
-                                     : flags.budget.empty() ? "1/4"
-                                                            : "1",
-                                     num_layers);
+  options.keep_full = least_full_layers(flags, num_layers);
   if (!flags.budget.empty()) options.budget = budget_of(flags.budget);
   if (flags.fast) options.confidence = flags.confidence;
   options.block_starts = block_starts(num_layers, flags.blocks);
