@@ -172,6 +172,45 @@ void expect_close(const std::vector<float>& y, const std::vector<float>& ref,
                         << ref[worst_at];
 }
 
+struct OneProduct {
+  const OwnedWeight& weight;
+  const OwnedWeight& abs_weight;
+  const std::vector<float>& x;  // [m, ldx]
+  int64_t m, ldx, ldy;
+  Compute compute;
+  bool accumulate;
+  int num_threads = 2;
+};
+
+// Every implementation against ref, on a random y; what lies between the rows of y stays.
+// terms_of(name) is how many terms expect_close() allows for.
+template <class Terms>
+void expect_ref(Rng& rng, const OneProduct& p, const Terms& terms_of) {
+  const Weight& w = p.weight.w;
+  const std::vector<float> start = random_floats(rng, p.m * p.ldy), abs_x = absolute(p.x);
+  std::vector<float> ref = start, bound = absolute(start);
+  const MatmulGroup group = {p.x.data(), p.ldx, p.m, w, ref.data(), p.ldy};
+  const MatmulGroup abs_group = {abs_x.data(), p.ldx, p.m, p.abs_weight.w, bound.data(), p.ldy};
+  run_as("ref", p.num_threads, {{&group, 1}, p.compute, p.accumulate});
+  run_as("ref", p.num_threads, {{&abs_group, 1}, p.compute, p.accumulate});
+  for (const char* name : implementations({{&group, 1}, p.compute, p.accumulate})) {
+    std::vector<float> y = start;
+    MatmulGroup own = group;
+    own.y = y.data();
+    run_as(name, p.num_threads, {{&own, 1}, p.compute, p.accumulate});
+    const std::string what =
+        fmt::format("{} {} m={} k={} n={} compute={} accumulate={}", name, dtype_name(w.dtype), p.m,
+                    w.cols, w.rows, static_cast<int>(p.compute), p.accumulate);
+    expect_close(y, ref, bound, terms_of(name), what);
+    for (int64_t row = 0; row < p.m; ++row) {
+      for (int64_t i = row * p.ldy + w.rows; i < (row + 1) * p.ldy; ++i)
+        ASSERT_EQ(y[static_cast<size_t>(i)], start[static_cast<size_t>(i)])
+            << what << ": wrote outside at " << i;
+    }
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 TEST(Matmul, EveryImplementationAgreesWithRefOnOddSizes) {
   Rng rng(kSeed);
   for (const DType dtype : kWeightTypes) {
@@ -219,25 +258,14 @@ TEST(Matmul, Fp8ProductsRoundTheirInput) {
         const int64_t ldx = k + 4 - k % 4, ldy = n + 2;
         std::vector<float> x = random_floats(rng, m * ldx);
         for (float& value : x) value *= static_cast<float>(std::exp2(8 * rng.uniform() - 4));
-        const std::vector<float> abs_x = absolute(x);
+        // 2 terms 2^-24 and 5 * 33 * 2^-13 of what is summed.
+        const auto terms = [k](std::string_view name) {
+          return k + 2 + (name == "sm90_fp8" ? 5 * 33 << 10 : 0);
+        };
         for (const bool accumulate : {false, true}) {
-          std::vector<float> start = random_floats(rng, m * ldy), ref = start;
-          std::vector<float> bound = absolute(start);
-          const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
-          const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
-          run_as("ref", 1, {{&group, 1}, Compute::kFP8, accumulate});
-          run_as("ref", 1, {{&abs_group, 1}, Compute::kFP8, accumulate});
-          for (const char* name : implementations({{&group, 1}, Compute::kFP8, accumulate})) {
-            std::vector<float> y = start;
-            MatmulGroup own = group;
-            own.y = y.data();
-            run_as(name, 1, {{&own, 1}, Compute::kFP8, accumulate});
-            // 2 terms 2^-24 and 5 * 33 * 2^-13 of what is summed.
-            const int64_t terms = k + 2 + (std::string_view(name) == "sm90_fp8" ? 5 * 33 << 10 : 0);
-            expect_close(y, ref, bound, terms,
-                         fmt::format("{} m={} k={} n={} accumulate={}", name, m, k, n, accumulate));
-            if (HasFatalFailure()) return;
-          }
+          expect_ref(rng, {*weight, *abs_weight, x, m, ldx, ldy, Compute::kFP8, accumulate, 1},
+                     terms);
+          if (HasFatalFailure()) return;
         }
       }
     }
@@ -498,25 +526,12 @@ TEST(Matmul, LargeProducts) {
         const auto weight = random_weight(rng, dtype, n, k, aligned ? 0 : 1);
         const auto abs_weight = absolute(*weight);
         const int64_t ldx = aligned ? k + 7 - (k - 1) % 8 : k + 1, ldy = aligned ? n + 4 : n + 1;
-        const std::vector<float> x = random_floats(rng, m * ldx), abs_x = absolute(x);
+        const std::vector<float> x = random_floats(rng, m * ldx);
         for (const Compute compute : {Compute::kF32, Compute::kBF16}) {
           for (const bool accumulate : {false, true}) {
-            const std::vector<float> start = random_floats(rng, m * ldy);
-            std::vector<float> ref = start, bound = absolute(start);
-            const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
-            const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
-            run_as("ref", 2, {{&group, 1}, compute, accumulate});
-            run_as("ref", 2, {{&abs_group, 1}, compute, accumulate});
-            for (const char* name : implementations({{&group, 1}, compute, accumulate})) {
-              std::vector<float> y = start;
-              MatmulGroup own = group;
-              own.y = y.data();
-              run_as(name, 2, {{&own, 1}, compute, accumulate});
-              expect_close(y, ref, bound, k + 1,
-                           fmt::format("{} {} k={} {}", name, dtype_name(dtype), k,
-                                       compute == Compute::kF32 ? "f32" : "bf16"));
-              if (HasFatalFailure()) return;
-            }
+            expect_ref(rng, {*weight, *abs_weight, x, m, ldx, ldy, compute, accumulate},
+                       [k](std::string_view) { return k + 1; });
+            if (HasFatalFailure()) return;
           }
         }
       }
@@ -527,29 +542,15 @@ TEST(Matmul, LargeProducts) {
 // Rows that fill tiles and whole blocks, and some more.
 TEST(Matmul, ManyRows) {
   Rng rng(kSeed + 7);
-  const int64_t n = 300, k = 97, ldx = k + 2, ldy = n + 3;
+  constexpr int64_t n = 300, k = 97, ldx = k + 2, ldy = n + 3;
   const auto weight = random_weight(rng, DType::kBF16, n, k, 0);
   const auto abs_weight = absolute(*weight);
   for (const int64_t m : {64, 65, 100, 512, 577}) {
-    const std::vector<float> x = random_floats(rng, m * ldx), abs_x = absolute(x);
+    const std::vector<float> x = random_floats(rng, m * ldx);
     for (const bool accumulate : {false, true}) {
-      const std::vector<float> start = random_floats(rng, m * ldy);
-      std::vector<float> ref = start, bound = absolute(start);
-      const MatmulGroup group = {x.data(), ldx, m, weight->w, ref.data(), ldy};
-      const MatmulGroup abs_group = {abs_x.data(), ldx, m, abs_weight->w, bound.data(), ldy};
-      run_as("ref", 2, {{&group, 1}, Compute::kBF16, accumulate});
-      run_as("ref", 2, {{&abs_group, 1}, Compute::kBF16, accumulate});
-      for (const char* name : implementations({{&group, 1}, Compute::kBF16, accumulate})) {
-        std::vector<float> y = start;
-        MatmulGroup own = group;
-        own.y = y.data();
-        run_as(name, 2, {{&own, 1}, Compute::kBF16, accumulate});
-        expect_close(y, ref, bound, k + 1, fmt::format("{} m={} {}", name, m, accumulate));
-        for (int64_t row = 0; row < m; ++row) {
-          for (int64_t i = n; i < ldy; ++i)
-            ASSERT_EQ(y[row * ldy + i], start[row * ldy + i]) << name << ": between the rows";
-        }
-      }
+      expect_ref(rng, {*weight, *abs_weight, x, m, ldx, ldy, Compute::kBF16, accumulate},
+                 [](std::string_view) { return k + 1; });
+      if (HasFatalFailure()) return;
     }
   }
 }
